@@ -1,0 +1,19 @@
+"""Post-training quantization of diffusion transformers on MLX."""
+
+from __future__ import annotations
+
+import sys
+
+from . import blas
+from .version import VERSION as __version__  # noqa: F401
+
+blas.preload()  # before anything imports mlx.core
+
+try:
+    import mlx.core  # noqa: F401
+except ImportError as error:
+    # Not a bug to trace but a package to install, so commands and imports end with one line.
+    backend = (
+        "" if sys.platform == "darwin" else " 'ditq[cpu]' or 'ditq[cuda]' (mlx[cpu], mlx[cuda13])"
+    )
+    sys.exit(f"error: MLX cannot start here ({error}); install{backend or ' mlx'} with pip")
