@@ -1,0 +1,275 @@
+"""MMDiT, the two-stream diffusion transformer of Stable Diffusion 3 and 3.5, in one class.
+
+Parameter names are DiffusionKit's, so its checkpoints load as they are and a linear path means
+the same thing everywhere. The forward pass keeps no state and never looks at a value, so a step
+can be compiled and a batch may mix timesteps.
+
+Where FLUX would join: its single-stream block is one `StreamBlock` over the concatenated tokens
+with the MLP beside the attention; its rotary positions belong in `StreamBlock.project`, the one
+place where q and k are made, in the stead of `PositionEmbedding`.
+"""
+
+from __future__ import annotations
+
+import math
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..errors import UserError
+from .configs import MMDiTConfig
+
+NORM_EPS = 1e-6
+MAX_PERIOD = 10000.0
+
+
+def timestep_features(timestep: mx.array, size: int) -> mx.array:
+    """Cosines, then sines, of (batch,) timesteps: (batch, size), always float32.
+
+    Sixteen bits cannot hold the phases: the features would be off by up to 0.4 in float16.
+    """
+    half = size // 2
+    frequencies = mx.exp(-math.log(MAX_PERIOD) / half * mx.arange(half, dtype=mx.float32))
+    phase = timestep.astype(mx.float32)[:, None] * frequencies
+    return mx.concatenate([mx.cos(phase), mx.sin(phase)], axis=-1)
+
+
+def modulate(x: mx.array, shift: mx.array, scale: mx.array) -> mx.array:
+    """Layer norm, then a shift and scale per sample and channel, (batch, hidden) each."""
+    return mx.fast.layer_norm(x, None, None, NORM_EPS) * (1 + scale[:, None]) + shift[:, None]
+
+
+def attend(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+    """Attention over (batch, heads, tokens, head_dim), heads merged: (batch, tokens, hidden)."""
+    out = mx.fast.scaled_dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5)
+    return out.transpose(0, 2, 1, 3).flatten(2)
+
+
+class PatchEmbedding(nn.Module):
+    """Cuts the latent into patches, row by row, and projects each to the hidden size."""
+
+    def __init__(self, config: MMDiTConfig) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(
+            config.latent_channels, config.hidden, config.patch, stride=config.patch
+        )
+
+    def __call__(self, latent: mx.array) -> mx.array:
+        return self.proj(latent).flatten(1, 2)
+
+
+class PositionEmbedding(nn.Module):
+    """A learned square grid of positions; a smaller picture takes its centre."""
+
+    def __init__(self, config: MMDiTConfig) -> None:
+        super().__init__()
+        self._side = config.position_size
+        self.pos_embed = nn.Embedding(config.position_size**2, config.hidden)
+
+    def __call__(self, rows: int, columns: int) -> mx.array:
+        top, left = (self._side - rows) // 2, (self._side - columns) // 2
+        grid = self.pos_embed.weight.reshape(self._side, self._side, -1)
+        return grid[top : top + rows, left : left + columns].flatten(0, 1)
+
+
+class Embedder(nn.Module):
+    """Two linears with SiLU between: pooled text or timestep features to the hidden size."""
+
+    def __init__(self, inputs: int, hidden: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(inputs, hidden), nn.SiLU(), nn.Linear(hidden, hidden))
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.mlp(x)
+
+
+class Attention(nn.Module):
+    """The four projections of one stream; the attention itself joins the streams."""
+
+    def __init__(self, config: MMDiTConfig, output: bool = True) -> None:
+        super().__init__()
+        hidden = config.hidden
+        self.q_proj = nn.Linear(hidden, hidden)
+        self.k_proj = nn.Linear(hidden, hidden, bias=config.k_bias)
+        self.v_proj = nn.Linear(hidden, hidden)
+        if output:
+            self.o_proj = nn.Linear(hidden, hidden)
+
+
+class QKNorm(nn.Module):
+    """RMS norm of q and k within each head (SD3.5)."""
+
+    def __init__(self, head_dim: int) -> None:
+        super().__init__()
+        self.q_norm = nn.RMSNorm(head_dim, eps=NORM_EPS)
+        self.k_norm = nn.RMSNorm(head_dim, eps=NORM_EPS)
+
+
+class FeedForward(nn.Module):
+    def __init__(self, config: MMDiTConfig) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden, config.hidden * config.mlp_ratio)
+        self.fc2 = nn.Linear(config.hidden * config.mlp_ratio, config.hidden)
+        self._activation = nn.gelu_approx if config.gelu == "tanh" else nn.gelu
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.fc2(self._activation(self.fc1(x)))
+
+
+class Modulation(nn.Module):
+    """SiLU and one linear: the conditioning vector to `parts` vectors of the hidden size."""
+
+    def __init__(self, config: MMDiTConfig, parts: int) -> None:
+        super().__init__()
+        self.layers = [nn.SiLU(), nn.Linear(config.hidden, parts * config.hidden)]
+        self._parts = parts
+
+    def __call__(self, conditioning: mx.array) -> list[mx.array]:
+        for layer in self.layers:
+            conditioning = layer(conditioning)
+        return mx.split(conditioning, self._parts, axis=-1)
+
+
+class StreamBlock(nn.Module):
+    """One stream (image or text) of a block: what happens before and after the attention.
+
+    The modulation's parts are, in this order: shift, scale and gate of the attention; shift,
+    scale and gate of the MLP; with dual attention, shift, scale and gate of the second one. The
+    last text block ends at the attention and has the first two parts only.
+    """
+
+    def __init__(self, config: MMDiTConfig, *, dual: bool = False, last: bool = False) -> None:
+        super().__init__()
+        self._heads = config.heads
+        self.attn = Attention(config, output=not last)
+        if config.qk_norm:
+            self.qk_norm = QKNorm(config.head_dim)
+        if dual:
+            self.attn2 = Attention(config)
+            if config.qk_norm:
+                self.qk_norm2 = QKNorm(config.head_dim)
+        if not last:
+            self.mlp = FeedForward(config)
+        self.adaLN_modulation = Modulation(config, 2 if last else 9 if dual else 6)
+
+    def project(
+        self, x: mx.array, attention: Attention, norm: QKNorm | None
+    ) -> tuple[mx.array, mx.array, mx.array]:
+        """q, k and v, (batch, heads, tokens, head_dim) each."""
+        q, k, v = (
+            mx.unflatten(projection(x), -1, (self._heads, -1)).transpose(0, 2, 1, 3)
+            for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
+        )
+        return (q, k, v) if norm is None else (norm.q_norm(q), norm.k_norm(k), v)
+
+    def before(
+        self, x: mx.array, parts: list[mx.array]
+    ) -> tuple[tuple[mx.array, mx.array, mx.array], mx.array | None]:
+        """q, k, v for the joint attention, and what the second attention found, if there is one."""
+        qkv = self.project(modulate(x, *parts[:2]), self.attn, self.get("qk_norm"))
+        if "attn2" not in self:
+            return qkv, None
+        inner = self.project(modulate(x, *parts[6:8]), self.attn2, self.get("qk_norm2"))
+        return qkv, self.attn2.o_proj(attend(*inner)) * parts[8][:, None]
+
+    def after(
+        self, x: mx.array, attended: mx.array, inner: mx.array | None, parts: list[mx.array]
+    ) -> mx.array:
+        """The stream's tokens after attention and MLP."""
+        x = x + self.attn.o_proj(attended) * parts[2][:, None]
+        if inner is not None:
+            x = x + inner
+        return x + self.mlp(modulate(x, *parts[3:5])) * parts[5][:, None]
+
+
+class JointBlock(nn.Module):
+    """One MMDiT block: both streams attend to each other, then go on by themselves."""
+
+    def __init__(self, config: MMDiTConfig, index: int) -> None:
+        super().__init__()
+        self._last = index == config.depth - 1
+        self.image_transformer_block = StreamBlock(
+            config, dual=index < config.dual_attention_blocks
+        )
+        self.text_transformer_block = StreamBlock(config, last=self._last)
+
+    def __call__(
+        self, image: mx.array, text: mx.array, conditioning: mx.array
+    ) -> tuple[mx.array, mx.array | None]:
+        """(batch, tokens, hidden) of both streams in and out; the last block gives no text."""
+        image_block, text_block = self.image_transformer_block, self.text_transformer_block
+        image_parts = image_block.adaLN_modulation(conditioning)
+        text_parts = text_block.adaLN_modulation(conditioning)
+        image_qkv, image_inner = image_block.before(image, image_parts)
+        text_qkv, _ = text_block.before(text, text_parts)
+        joined = (mx.concatenate(pair, axis=2) for pair in zip(image_qkv, text_qkv, strict=True))
+        attended = attend(*joined)
+        image_attended, text_attended = mx.split(attended, [image.shape[1]], axis=1)
+        image = image_block.after(image, image_attended, image_inner, image_parts)
+        if self._last:
+            return image, None
+        return image, text_block.after(text, text_attended, None, text_parts)
+
+
+class FinalLayer(nn.Module):
+    def __init__(self, config: MMDiTConfig) -> None:
+        super().__init__()
+        self.linear = nn.Linear(config.hidden, config.patch**2 * config.latent_channels)
+        self.adaLN_modulation = Modulation(config, 2)
+
+    def __call__(self, x: mx.array, conditioning: mx.array) -> mx.array:
+        return self.linear(modulate(x, *self.adaLN_modulation(conditioning)))
+
+
+class MMDiT(nn.Module):
+    """Predicts the velocity of a noised latent, for all sizes of SD3 and SD3.5 and for nano."""
+
+    def __init__(self, config: MMDiTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.x_embedder = PatchEmbedding(config)
+        self.x_pos_embedder = PositionEmbedding(config)
+        self.y_embedder = Embedder(config.pooled_dim, config.hidden)
+        self.t_embedder = Embedder(config.frequency_dim, config.hidden)
+        self.context_embedder = nn.Linear(config.text_dim, config.hidden)
+        self.multimodal_transformer_blocks = [JointBlock(config, i) for i in range(config.depth)]
+        self.final_layer = FinalLayer(config)
+
+    def conditioning(self, pooled: mx.array, timestep: mx.array) -> mx.array:
+        """What every modulation reads, (batch, hidden)."""
+        features = timestep_features(timestep, self.config.frequency_dim)
+        return self.y_embedder(pooled) + self.t_embedder(features.astype(pooled.dtype))
+
+    def __call__(
+        self, latent: mx.array, text: mx.array, pooled: mx.array, timestep: mx.array
+    ) -> mx.array:
+        """Velocity of the (batch, height, width, channels) latent.
+
+        text is (batch, tokens, text_dim), pooled (batch, pooled_dim), timestep (batch,) in
+        thousandths of sigma, one per sample.
+        """
+        rows, columns = self.patch_grid(latent)
+        conditioning = self.conditioning(pooled, timestep)
+        image = self.x_embedder(latent) + self.x_pos_embedder(rows, columns)
+        text = self.context_embedder(text)
+        for block in self.multimodal_transformer_blocks:
+            image, text = block(image, text, conditioning)
+        return self.unpatch(self.final_layer(image, conditioning), rows, columns)
+
+    def patch_grid(self, latent: mx.array) -> tuple[int, int]:
+        """Rows and columns of patches; an impossible resolution is an error."""
+        patch, side = self.config.patch, self.config.position_size
+        height, width = latent.shape[1:3]
+        limit = patch * side
+        if height % patch or width % patch or not (0 < height <= limit and 0 < width <= limit):
+            raise UserError(
+                f"latent of {height}x{width} does not fit: both sides must be multiples of {patch} "
+                f"from {patch} to {limit}"
+            )
+        return height // patch, width // patch
+
+    def unpatch(self, x: mx.array, rows: int, columns: int) -> mx.array:
+        """Tokens back to (batch, height, width, channels)."""
+        patch, channels = self.config.patch, self.config.latent_channels
+        x = x.reshape(-1, rows, columns, patch, patch, channels)
+        return x.transpose(0, 1, 3, 2, 4, 5).reshape(-1, rows * patch, columns * patch, channels)

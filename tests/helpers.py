@@ -1,0 +1,64 @@
+"""Random models and inputs that several tests need."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from src.models.configs import MMDiTConfig
+from src.models.mmdit import MMDiT
+from src.models.synthetic import randomize
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def random_model(config: MMDiTConfig, seed: int = 0) -> MMDiT:
+    """A transformer in which every parameter matters, all float32."""
+    model = MMDiT(config)
+    randomize(model, seed)
+    return model
+
+
+def random_inputs(
+    config: MMDiTConfig, height: int, width: int, batch: int = 2, tokens: int = 5, seed: int = 1
+) -> tuple[mx.array, mx.array, mx.array]:
+    """A latent, text tokens and pooled text."""
+    rng = np.random.default_rng(seed)
+    shapes = (
+        (batch, height, width, config.latent_channels),
+        (batch, tokens, config.text_dim),
+        (batch, config.pooled_dim),
+    )
+    return tuple(mx.array(rng.standard_normal(s).astype(np.float32)) for s in shapes)
+
+
+def relative_error(got: object, wanted: object) -> float:
+    """Norm of the difference over the norm of what was wanted."""
+    got, wanted = np.array(got, dtype=np.float64), np.array(wanted, dtype=np.float64)
+    return float(np.linalg.norm(got - wanted) / np.linalg.norm(wanted))
+
+
+def run(*arguments: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
+    """`python -m …` as a user's process."""
+    return subprocess.run(
+        [sys.executable, "-m", *arguments],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def assert_one_error_line(result: subprocess.CompletedProcess, *words: str) -> None:
+    """Exit code 1, one line that starts with `error:` and names what it should, no traceback."""
+    lines = [line for line in result.stderr.splitlines() if line.strip()]
+    assert result.returncode == 1, result.stderr
+    assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr
+    for word in words:
+        assert word in lines[0], lines[0]

@@ -1,0 +1,43 @@
+"""What every benchmark writes down: machine, versions, date, command."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+FOLDER = Path(__file__).resolve().parent.parent / "docs" / "benchmarks"
+
+
+def machine() -> dict[str, Any]:
+    """Where and when a figure was measured, and by which command."""
+    info = mx.device_info()
+    return {
+        "device": str(info.get("device_name") or info.get("architecture") or "?"),
+        "cores": os.cpu_count(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "mlx": importlib.metadata.version("mlx"),
+        "date": datetime.date.today().isoformat(),
+        "command": shlex.join(["python", *sys.argv]),
+    }
+
+
+def write_report(name: str, title: str, data: dict[str, Any], lines: list[str]) -> None:
+    """docs/benchmarks/NAME.json and NAME.md; `data` holds `machine`."""
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    (FOLDER / f"{name}.json").write_text(json.dumps(data, indent=2) + "\n")
+    where = data["machine"]
+    foot = (
+        f"`{where['command']}` on {where['device']} ({where['cores']} cores, {where['system']}), "
+        f"MLX {where['mlx']}, Python {where['python']}, {where['date']}."
+    )
+    (FOLDER / f"{name}.md").write_text("\n".join([f"# {title}", "", *lines, "", foot, ""]))
