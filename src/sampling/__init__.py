@@ -1,0 +1,23 @@
+"""From noise to a latent: sigma schedule, samplers, guidance, callbacks."""
+
+from .callbacks import AfterCallback, BeforeCallback, Callback, InterruptCallback, StepCallback
+from .guidance import guided, uses_guidance
+from .loop import SAMPLERS, Step, denoise
+from .noise import Noise
+from .schedule import sd3_sigmas, shifted
+
+__all__ = [
+    "SAMPLERS",
+    "AfterCallback",
+    "BeforeCallback",
+    "Callback",
+    "InterruptCallback",
+    "Noise",
+    "Step",
+    "StepCallback",
+    "denoise",
+    "guided",
+    "sd3_sigmas",
+    "shifted",
+    "uses_guidance",
+]
