@@ -5,10 +5,10 @@ Each mapping is written out from the layout's side, independently of the reader'
 
 from __future__ import annotations
 
+from src.models.mmdit import MMDiT
+
 import mlx.core as mx
 from mlx.utils import tree_flatten
-
-from src.models.mmdit import MMDiT
 
 STREAMS = {"image": "x_block", "text": "context_block"}
 

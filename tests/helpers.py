@@ -7,12 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import mlx.core as mx
-import numpy as np
-
 from src.models.configs import MMDiTConfig
 from src.models.mmdit import MMDiT
 from src.models.synthetic import randomize
+
+import mlx.core as mx
+import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from src.models.configs import MMDiTConfig
+from src.models.mmdit import MMDiT
+
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
-
-from src.models.configs import MMDiTConfig
-from src.models.mmdit import MMDiT
 
 from .checkpoint_layouts import to_diffusers
 

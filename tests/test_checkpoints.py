@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import mlx.core as mx
-import pytest
-from mlx.utils import tree_flatten
-
 from src.errors import UserError
 from src.models.checkpoints import load_transformer
 from src.models.configs import config_named
 from src.store import save_folder, save_tensors
+
+import mlx.core as mx
+import pytest
+from mlx.utils import tree_flatten
 
 from .checkpoint_layouts import to_diffusers, to_mlx, to_stability
 from .helpers import random_inputs, random_model

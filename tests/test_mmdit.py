@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from src.errors import UserError
+from src.models.configs import CONFIGS, MMDiTConfig, config_named
+from src.models.mmdit import MMDiT, timestep_features
+
 import mlx.core as mx
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
-
-from src.errors import UserError
-from src.models.configs import CONFIGS, MMDiTConfig, config_named
-from src.models.mmdit import MMDiT, timestep_features
 
 from .helpers import random_inputs, random_model, relative_error
 from .mmdit_reference import forward

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from src.models.checkpoints import load_transformer
+
 import mlx.core as mx
 import pytest
-
-from src.models.checkpoints import load_transformer
 
 from .helpers import random_inputs, random_model, relative_error
 from .published_models import (

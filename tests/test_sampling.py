@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from src.errors import UserError
+from src.sampling import Noise, denoise, guided, sd3_sigmas, shifted
+from src.sampling.loop import renewed_sigma
+
 import mlx.core as mx
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-from src.errors import UserError
-from src.sampling import Noise, denoise, guided, sd3_sigmas, shifted
-from src.sampling.loop import renewed_sigma
 
 from .helpers import relative_error
 
@@ -57,7 +57,9 @@ def straight(target: mx.array):
 def test_both_samplers_follow_a_straight_flow_to_its_end(num_steps, seed):
     target = mx.array(np.random.default_rng(0).standard_normal((1, *SHAPE)).astype(np.float32))
     for sampler in ("euler", "ddim"):
-        out = denoise(straight(target), Noise([seed]), sd3_sigmas(num_steps), SHAPE, sampler=sampler)
+        out = denoise(
+            straight(target), Noise([seed]), sd3_sigmas(num_steps), SHAPE, sampler=sampler
+        )
         assert relative_error(out, target) < 1e-4
 
 
@@ -97,7 +99,9 @@ def test_ddim_with_fresh_noise_keeps_the_noise_level():
             wanted = (1 - step.next_sigma) ** 2 + step.next_sigma**2
             seen.append((float(mx.var(step.next_latent)), wanted))
 
-    denoise(velocity, Noise([3]), sd3_sigmas(100), shape, sampler="ddim", eta=1.0, callbacks=[Watch()])
+    denoise(
+        velocity, Noise([3]), sd3_sigmas(100), shape, sampler="ddim", eta=1.0, callbacks=[Watch()]
+    )
     assert len(seen) == 100
     assert all(abs(got / wanted - 1) < 0.1 for got, wanted in seen)
 
@@ -125,9 +129,10 @@ def test_impossible_seed_is_an_error(seed):
 
 def model(latent, text, pooled, timestep):
     """Depends on every input, row by row."""
-    return latent * text.mean((1, 2))[:, None, None, None] + (pooled[:, 0] * timestep)[
-        :, None, None, None
-    ]
+    return (
+        latent * text.mean((1, 2))[:, None, None, None]
+        + (pooled[:, 0] * timestep)[:, None, None, None]
+    )
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.5, 1.0, 4.0])

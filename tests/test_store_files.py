@@ -7,10 +7,6 @@ import sys
 import threading
 from pathlib import Path
 
-import mlx.core as mx
-import numpy as np
-import pytest
-
 from src.errors import UserError
 from src.store import (
     atomic_write,
@@ -25,6 +21,10 @@ from src.store import (
     short_hash,
     write_bytes,
 )
+
+import mlx.core as mx
+import numpy as np
+import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -8,13 +8,6 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-import mlx.core as mx
-import numpy as np
-import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
-
 from src.errors import UserError
 from src.store import (
     hash_arrays,
@@ -25,6 +18,13 @@ from src.store import (
     save_npz,
     write_json,
 )
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
 
 names = st.from_regex(r"[A-Za-z0-9_]{1,6}(\.[a-z0-9_]{1,5}){0,2}", fullmatch=True)
 dtypes = st.sampled_from(["bool", "int8", "uint16", "int32", "<i8", ">i4", "f2", "f4", ">f8"])

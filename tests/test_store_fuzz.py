@@ -20,10 +20,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
-import numpy as np
-import pytest
-
 from src.errors import UserError
 from src.store import (
     hash_arrays,
@@ -36,6 +32,10 @@ from src.store import (
     save_tensors,
     write_json,
 )
+
+import mlx.core as mx
+import numpy as np
+import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 COUNTS = {"npz": 700, "json": 600, "safetensors": 700}

@@ -9,10 +9,10 @@ import sys
 import time
 from pathlib import Path
 
+from src.store import load_npz, load_tensors, read_json, remove_stale_temporaries
+
 import numpy as np
 import pytest
-
-from src.store import load_npz, load_tensors, read_json, remove_stale_temporaries
 
 ROOT = Path(__file__).resolve().parents[1]
 TEMPORARY = re.compile(r"\.(a\.npz|a\.json|a\.safetensors)\.tmp-\d+-[0-9a-f]{8}")

@@ -5,9 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import numpy as np
-import pytest
-
 from src.errors import UserError
 from src.store import (
     MANIFEST_NAME,
@@ -18,6 +15,9 @@ from src.store import (
     save_npz,
     write_bytes,
 )
+
+import numpy as np
+import pytest
 
 UNITS = [f"unit{i}" for i in range(6)]
 

@@ -6,14 +6,6 @@ import json
 import tempfile
 from pathlib import Path
 
-import mlx.core as mx
-import numpy as np
-import pytest
-import safetensors.numpy
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
-
 from src.errors import UserError
 from src.store import (
     TensorInfo,
@@ -24,6 +16,14 @@ from src.store import (
     save_folder,
     save_tensors,
 )
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import safetensors.numpy
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
 
 shapes = hnp.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=5)
 dtypes = st.sampled_from(["bool", "i1", "u1", "i2", "u2", "i4", "u4", "i8", "u8", "f2", "f4", "c8"])

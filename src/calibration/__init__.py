@@ -1,0 +1,1 @@
+"""What the stages learn from the 16-bit model's own trajectories."""

@@ -1,0 +1,109 @@
+"""The calibration folder: every step of the 16-bit model's sampling runs, image by image.
+
+manifest.json            prompts, seeds, guidance, schedule, model hash; every file of every image
+samples/IIII_SSS.npz     x, the latent that entered step S of image I; timestep and sigma
+conditioning/IIII.npz    text and pooled of the prompt, and of the negative one under guidance
+latents/IIII.npz         x, the finished latent
+images/IIII.png          the picture
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+from PIL import Image
+
+from ..models.pipeline import Conditioning
+from ..sampling import Step
+from ..sampling.schedule import TRAINING_STEPS
+from ..store import atomic_write, save_npz
+
+FORMAT, VERSION = "ditq-calibration", 1
+
+# Names that are this stage's own; --force removes them also where a killed run left them unlisted.
+PATTERNS = ("samples/*_*.npz", "conditioning/*.npz", "latents/*.npz", "images/*.png")
+NPZ_OVERHEAD_BYTES = 1024
+PICTURE_BYTES_PER_PIXEL = 2  # a PNG of a photograph-like picture, roughly
+
+
+def sample_name(image: int, step: int) -> str:
+    return f"samples/{image:04d}_{step:03d}.npz"
+
+
+def conditioning_name(image: int) -> str:
+    return f"conditioning/{image:04d}.npz"
+
+
+def latent_name(image: int) -> str:
+    return f"latents/{image:04d}.npz"
+
+
+def picture_name(image: int) -> str:
+    return f"images/{image:04d}.png"
+
+
+def image_files(image: int, num_steps: int) -> list[str]:
+    """All files of one image, relative to the folder."""
+    steps = [sample_name(image, step) for step in range(num_steps)]
+    return [*steps, conditioning_name(image), latent_name(image), picture_name(image)]
+
+
+class TrajectoryWriter:
+    """A sampling callback that writes what enters each step, one file per image."""
+
+    def __init__(self, folder: Path, images: Sequence[int]) -> None:
+        self._folder, self._images = folder, images
+
+    def step(self, step: Step) -> None:
+        sigma = np.float32(step.sigma)
+        for image, latent in zip(self._images, np.array(step.latent), strict=True):
+            save_npz(
+                self._folder / sample_name(image, step.index),
+                x=latent,
+                timestep=np.float32(TRAINING_STEPS * sigma),
+                sigma=sigma,
+            )
+
+
+def save_conditioning(folder: Path, images: Sequence[int], conditioning: Conditioning) -> None:
+    """One file per image; the rows after the prompts' are the negatives'."""
+    text, pooled = as_numpy(conditioning.text), as_numpy(conditioning.pooled)
+    for row, image in enumerate(images):
+        arrays = {"text": text[row], "pooled": pooled[row]}
+        if len(text) > len(images):
+            negative = len(images) + row
+            arrays |= {"negative_text": text[negative], "negative_pooled": pooled[negative]}
+        save_npz(folder / conditioning_name(image), **arrays)
+
+
+def save_results(
+    folder: Path, images: Sequence[int], latents: mx.array, pictures: np.ndarray
+) -> None:
+    """The finished latents and their pictures."""
+    for image, latent, picture in zip(images, as_numpy(latents), pictures, strict=True):
+        save_npz(folder / latent_name(image), x=latent)
+        with atomic_write(folder / picture_name(image)) as file:
+            Image.fromarray(picture).save(file, "PNG")
+
+
+def as_numpy(array: mx.array) -> np.ndarray:
+    """npz has no bfloat16; float32 holds all of its values."""
+    return np.array(array.astype(mx.float32) if array.dtype == mx.bfloat16 else array)
+
+
+def image_bytes(
+    latent_shape: tuple[int, int, int], num_steps: int, conditioning_bytes: int, pixels: int
+) -> int:
+    """Disk that one image takes, estimated: its latents in float32, its text, its picture."""
+    latent = 4 * int(np.prod(latent_shape)) + NPZ_OVERHEAD_BYTES
+    return (num_steps + 1) * latent + conditioning_bytes + PICTURE_BYTES_PER_PIXEL * pixels
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes this stage's own files, listed in a manifest or not."""
+    for pattern in PATTERNS:
+        for path in folder.glob(pattern):
+            path.unlink()

@@ -1,0 +1,122 @@
+"""What all commands share: the `ditq` group, options, error lines, progress, memory."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import resource
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import click
+import mlx.core as mx
+import numpy as np
+from tqdm import tqdm
+
+from . import __version__
+from .errors import UserError
+from .sampling import Step
+
+DEBUG = "DITQ_DEBUG"
+
+# Commands in the order of use: name on the command line, module in this package.
+COMMANDS = {
+    "doctor": "doctor",
+    "generate": "generate",
+    "generate-calibration-data": "generate_calibration_data",
+}
+
+
+class OneLineErrors:
+    """A click command that ends a user's mistake with one line and exit code 1."""
+
+    def main(self, *args: Any, **kwargs: Any) -> None:
+        kwargs["standalone_mode"] = False
+        try:
+            code = super().main(*args, **kwargs)  # type: ignore[misc]
+        except (UserError, OSError, click.ClickException) as error:
+            if os.environ.get(DEBUG) == "1":
+                raise
+            fail(error)
+        except (KeyboardInterrupt, click.Abort):
+            click.echo("stopped; the same command goes on from what is finished", err=True)
+            sys.exit(130)
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+class Command(OneLineErrors, click.Command):
+    pass
+
+
+class Group(OneLineErrors, click.Group):
+    """Imports a command's module only when it is asked for."""
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, context: click.Context, name: str) -> click.Command | None:
+        if name not in COMMANDS:
+            return None
+        return importlib.import_module(f".{COMMANDS[name]}", __package__).main
+
+
+def fail(error: Exception) -> None:
+    """Prints the error on one line and leaves with exit code 1."""
+    if isinstance(error, click.ClickException):
+        message = f"{error.format_message()} (--help lists the options)"
+    elif isinstance(error, OSError) and error.filename:
+        message = f"{error.filename}: {error.strerror}"
+    else:
+        message = str(error)
+    click.echo("error: " + " ".join(message.split()), err=True)
+    sys.exit(1)
+
+
+def command(**settings: Any) -> Callable[[Callable[..., Any]], Command]:
+    """A command of the house: one-line errors, and a default beside every option."""
+    return click.command(cls=Command, context_settings={"show_default": True}, **settings)
+
+
+@click.group(cls=Group, context_settings={"show_default": True})
+@click.version_option(__version__, prog_name="ditq")
+def main() -> None:
+    """Post-training quantization of diffusion transformers on MLX."""
+
+
+class Bar:
+    """A progress bar over sampling steps; without a total it counts those of one run.
+
+    Nothing is shown before the first run begins, so that an early error stands alone.
+    """
+
+    def __init__(self, label: str, total: int | None = None) -> None:
+        self._label, self._total = label, total
+        self._bar: tqdm | None = None
+
+    def __enter__(self) -> Bar:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def before(self, latent: mx.array, sigmas: np.ndarray) -> None:
+        if self._bar is None:
+            total = len(sigmas) - 1 if self._total is None else self._total
+            self._bar = tqdm(total=total, desc=self._label, unit="step")
+
+    def step(self, step: Step) -> None:
+        self._bar.update()
+
+
+def peak_memory_bytes() -> int:
+    """The most memory that was in use: the device's on a GPU, the process's on the CPU."""
+    if mx.default_device() != mx.Device(mx.cpu):
+        return mx.get_peak_memory()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""`ditq doctor`: what this machine has, and what is missing."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+import time
+from collections.abc import Callable
+
+import click
+import mlx.core as mx
+
+from . import __version__, blas
+from .cli import command
+from .store import human_bytes
+
+SD3_PACKAGES = ("diffusionkit", "torch", "transformers", "huggingface_hub")
+ROWS, HIDDEN, WIDE = 512, 1536, 6144  # SD3-medium's first MLP product at 512 tokens
+
+
+def report() -> dict[str, str]:
+    """One line a fact, in the order of printing."""
+    return {
+        "ditq": f"{__version__}, Python {platform.python_version()}, {platform.platform()}",
+        "mlx": f"{importlib.metadata.version('mlx')}, default device {mx.default_device()}",
+        "device": device_name(),
+        "memory": human_bytes(memory_bytes()),
+        "backends": ", ".join(usable_backends()),
+        "cpu BLAS": blas.describe(),
+        "float32 matmul": f"{matmul_gflops():.0f} GFLOP/s on {mx.default_device()}",
+        "sd3": sd3_state(),
+    }
+
+
+def device_name() -> str:
+    info = mx.device_info()
+    return str(info.get("device_name") or info.get("architecture") or platform.machine())
+
+
+def memory_bytes() -> int:
+    """Of the device where it has its own, else of the machine."""
+    info = mx.device_info()
+    for key in ("memory_size", "total_memory"):
+        if key in info:
+            return int(info[key])
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def usable_backends() -> list[str]:
+    """Kinds of device that MLX can compute on here; `mx.compile` on the CPU needs a compiler."""
+    backends = ["cpu" if shutil.which("c++") or shutil.which("g++") else "cpu (no C++ compiler)"]
+    if mx.metal.is_available():
+        backends.insert(0, "metal")
+    if mx.cuda.is_available():
+        backends.insert(0, "cuda")
+    return backends
+
+
+def matmul_gflops() -> float:
+    """Median speed of a (512, 1536) x (1536, 6144) product."""
+    a, b = mx.random.normal((ROWS, HIDDEN)), mx.random.normal((HIDDEN, WIDE))
+    mx.eval(a, b)
+    seconds = median_seconds(lambda: mx.eval(a @ b), repeats=3)
+    return 2 * ROWS * HIDDEN * WIDE / seconds / 1e9
+
+
+def median_seconds(work: Callable[[], None], repeats: int) -> float:
+    """Of `repeats` runs, after one to warm up."""
+    times = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return sorted(times[1:])[repeats // 2]
+
+
+def sd3_state() -> str:
+    missing = [name for name in SD3_PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        return f"missing {', '.join(missing)}; install with: pip install 'ditq[sd3]'"
+    return f"diffusionkit {importlib.metadata.version('diffusionkit')}"
+
+
+@command()
+def main() -> None:
+    """Show what this machine has and what is missing.
+
+    \b
+    Example:
+      ditq doctor
+    """
+    for name, value in report().items():
+        click.echo(f"{name:15} {value}")
+
+
+if __name__ == "__main__":
+    main()

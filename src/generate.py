@@ -1,0 +1,102 @@
+"""`ditq generate`: pictures from prompts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from .cli import Bar, command, peak_memory_bytes
+from .errors import UserError
+from .models.load import MODELS, load_pipeline
+from .sampling import SAMPLERS, Callback
+from .store import atomic_write, human_bytes, require_writable
+
+
+def generate(
+    prompts: Sequence[str],
+    output: str | Path,
+    *,
+    model: str = "nano",
+    seed: int = 0,
+    num_steps: int | None = None,
+    cfg_weight: float | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    sampler: str = "euler",
+    eta: float = 0.0,
+    callbacks: Sequence[Callback] = (),
+) -> list[Path]:
+    """Writes one PNG a prompt and gives their paths; prompt i is drawn with seed + i."""
+    paths = output_paths(Path(output), len(prompts))
+    require_writable(paths[0].parent)
+    pipeline = load_pipeline(model)
+    seeds = [seed + i for i in range(len(prompts))]
+    latent = pipeline.sample(
+        prompts,
+        seeds,
+        num_steps=num_steps,
+        cfg_weight=cfg_weight,
+        height=height,
+        width=width,
+        sampler=sampler,
+        eta=eta,
+        callbacks=callbacks,
+    )
+    pictures = pipeline.decode(latent)
+    for path, picture, prompt, own_seed in zip(paths, pictures, prompts, seeds, strict=True):
+        info = PngInfo()
+        for key, value in (("prompt", prompt), ("seed", str(own_seed)), ("model", model)):
+            info.add_itxt(key, value)
+        with atomic_write(path) as file:
+            Image.fromarray(picture).save(file, "PNG", pnginfo=info)
+    return paths
+
+
+def output_paths(output: Path, count: int) -> list[Path]:
+    """x.png for one picture; x-0.png, x-1.png … for several."""
+    if output.suffix.lower() != ".png":
+        raise UserError(f"output {output} must end in .png")
+    if output.is_dir():
+        raise UserError(f"output {output} is a folder; give the name of a picture in it")
+    if count == 0:
+        raise UserError("no prompt given; at least one is needed")
+    if count == 1:
+        return [output]
+    return [output.with_stem(f"{output.stem}-{i}") for i in range(count)]
+
+
+@command()
+@click.option("--model", default="nano", help=f"Name ({', '.join(MODELS)}) or a pipeline's folder.")
+@click.option("--prompt", "prompts", multiple=True, required=True, help="Repeat it for several.")
+@click.option("--output", default="picture.png", help="PNG to write; several get a number each.")
+@click.option("--seed", default=0, help="Of the first picture; the next ones count up.")
+@click.option(
+    "--steps", "--num-steps", "num_steps", type=int, help="Sampling steps.  [the model's]"
+)
+@click.option("--cfg-weight", type=float, help="Guidance; 0 turns it off.  [the model's]")
+@click.option("--height", type=int, help="In pixels.  [the model's]")
+@click.option("--width", type=int, help="In pixels.  [the model's]")
+@click.option("--sampler", default="euler", help=f"One of: {', '.join(SAMPLERS)}.")
+@click.option("--eta", default=0.0, help="Share of fresh noise a step, for ddim.")
+def main(prompts: tuple[str, ...], output: str, **settings: object) -> None:
+    """Draw pictures from prompts.
+
+    \b
+    Example:
+      ditq generate --prompt "a large red star in the center on a night background"
+    """
+    start = time.perf_counter()
+    with Bar("sampling") as bar:
+        paths = generate(prompts, output, callbacks=[bar], **settings)
+    seconds = time.perf_counter() - start
+    names = ", ".join(map(str, paths))
+    click.echo(f"wrote {names} in {seconds:.1f} s, peak {human_bytes(peak_memory_bytes())}")
+
+
+if __name__ == "__main__":
+    main()

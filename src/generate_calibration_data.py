@@ -1,0 +1,231 @@
+"""Stage 1: samples pictures with the 16-bit model and keeps what entered every step."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+from .calibration import trajectories
+from .cli import Bar, command, peak_memory_bytes
+from .distributed import Ranks
+from .errors import UserError
+from .models.load import MODELS, load_pipeline
+from .models.pipeline import Pipeline
+from .models.prompts import load_prompts
+from .sampling import Noise, StepCallback, denoise, sd3_sigmas, uses_guidance
+from .store import (
+    Manifest,
+    clear_folder,
+    folder_lock,
+    human_bytes,
+    remove_stale_temporaries,
+    require_space,
+    require_writable,
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What decides every byte of the folder."""
+
+    pipeline: Pipeline
+    prompts: list[str]
+    seeds: list[int]
+    num_steps: int
+    cfg_weight: float
+    height: int
+    width: int
+    batch_size: int
+
+    def settings(self) -> dict[str, Any]:
+        return {
+            "prompts": self.prompts,
+            "seeds": self.seeds,
+            "num_images": len(self.prompts),
+            "num_steps": self.num_steps,
+            "cfg_weight": self.cfg_weight,
+            "height": self.height,
+            "width": self.width,
+            "batch_size": self.batch_size,
+            "schedule": {
+                "name": "sd3",
+                "shift": self.pipeline.defaults.shift,
+                "sigmas": [float(s) for s in self.sigmas()],
+            },
+            "dtype": str(self.pipeline.dtype).removeprefix("mlx.core."),
+        }
+
+    def sigmas(self) -> np.ndarray:
+        return sd3_sigmas(self.num_steps, self.pipeline.defaults.shift)
+
+    def check(self) -> None:
+        """Raises for what would fail later, after long work."""
+        self.pipeline.latent_shape(self.height, self.width)
+        self.sigmas()
+        Noise([self.seeds[0], self.seeds[-1]])
+        uses_guidance(self.cfg_weight)
+        self.pipeline.encode_text.check(self.prompts)
+
+    def batches(self) -> list[list[int]]:
+        """Image numbers, cut the same way whatever is done already: a batch rounds as a whole."""
+        images = range(len(self.prompts))
+        return [list(images[i : i + self.batch_size]) for i in images[:: self.batch_size]]
+
+
+def generate_calibration_data(
+    model: str = "nano",
+    calib_dir: str | Path = "calibration_data",
+    *,
+    num_images: int | None = None,
+    num_steps: int | None = None,
+    cfg_weight: float | None = None,
+    prompts: str | Path | None = None,
+    seed: int = 0,
+    batch_size: int = 4,
+    height: int | None = None,
+    width: int | None = None,
+    force: bool = False,
+) -> Path:
+    """Fills `calib_dir` and gives its path; goes on where an earlier run was stopped."""
+    folder, ranks = Path(calib_dir), Ranks.here()
+    require_writable(folder)
+    plan = make_plan(
+        load_pipeline(model),
+        prompts,
+        num_images=num_images,
+        num_steps=num_steps,
+        cfg_weight=cfg_weight,
+        seed=seed,
+        batch_size=batch_size,
+        height=height,
+        width=width,
+    )
+    with folder_lock(folder, rank=ranks.store_rank):
+        manifest = open_manifest(folder, plan, ranks, force)
+        units = [f"{image:04d}" for image in range(len(plan.prompts))]
+        todo = [b for b in plan.batches() if manifest.pending(units[b[0] : b[-1] + 1])]
+        if ranks.rank == 0:
+            announce(folder, plan, sum(map(len, todo)))
+        mine = todo[ranks.rank :: ranks.size]
+        with Bar("calibration", len(mine) * plan.num_steps) as bar:
+            for batch in mine:
+                make_batch(folder, plan, batch, bar)
+                for image in batch:
+                    manifest.mark(units[image], trajectories.image_files(image, plan.num_steps))
+        ranks.barrier()
+        if ranks.rank == 0:
+            manifest.finish(units)
+    return folder
+
+
+def make_plan(
+    pipeline: Pipeline,
+    prompts: str | Path | None,
+    *,
+    num_images: int | None,
+    seed: int,
+    batch_size: int,
+    **chosen: Any,
+) -> Plan:
+    """Takes the model's defaults for what is not chosen, and refuses what cannot be."""
+    count = pipeline.defaults.calibration_images if num_images is None else num_images
+    for name, value in (("num-images", count), ("batch-size", batch_size)):
+        if value < 1:
+            raise UserError(f"--{name} must be at least 1, got {value}")
+    lines = load_prompts(prompts or pipeline.prompts)
+    for name, value in chosen.items():
+        chosen[name] = getattr(pipeline.defaults, name) if value is None else value
+    plan = Plan(
+        pipeline=pipeline,
+        prompts=[lines[i % len(lines)] for i in range(count)],
+        seeds=[seed + i for i in range(count)],
+        batch_size=batch_size,
+        **chosen,
+    )
+    plan.check()
+    return plan
+
+
+def open_manifest(folder: Path, plan: Plan, ranks: Ranks, force: bool) -> Manifest:
+    if ranks.rank == 0:
+        if force:
+            clear_folder(folder, trajectories.FORMAT)
+            trajectories.remove_leftovers(folder)
+        remove_stale_temporaries(folder)
+    ranks.barrier()
+    return Manifest.open(
+        folder,
+        format=trajectories.FORMAT,
+        version=trajectories.VERSION,
+        settings=plan.settings(),
+        made_from={"model": plan.pipeline.name, "model_hash": plan.pipeline.hash},
+        rank=ranks.store_rank,
+    )
+
+
+def announce(folder: Path, plan: Plan, images: int) -> None:
+    """Says what the work will take, and refuses it where the disk is too small."""
+    one = plan.pipeline.condition(plan.prompts[:1], plan.cfg_weight)
+    needed = images * trajectories.image_bytes(
+        plan.pipeline.latent_shape(plan.height, plan.width),
+        plan.num_steps,
+        one.text.nbytes + one.pooled.nbytes,
+        plan.height * plan.width,
+    )
+    click.echo(
+        f"{images} of {len(plan.prompts)} images to make, {plan.num_steps} steps each: "
+        f"about {human_bytes(needed)} in {folder}"
+    )
+    require_space(folder, needed, "the calibration data")
+
+
+def make_batch(folder: Path, plan: Plan, images: list[int], bar: StepCallback) -> None:
+    """Samples some images together and writes all their files."""
+    pipeline = plan.pipeline
+    prompts = [plan.prompts[image] for image in images]
+    conditioning = pipeline.condition(prompts, plan.cfg_weight)
+    trajectories.save_conditioning(folder, images, conditioning)
+    latents = denoise(
+        pipeline.velocity(conditioning, plan.cfg_weight),
+        Noise([plan.seeds[image] for image in images]),
+        plan.sigmas(),
+        pipeline.latent_shape(plan.height, plan.width),
+        callbacks=[trajectories.TrajectoryWriter(folder, images), bar],
+    )
+    trajectories.save_results(folder, images, latents, pipeline.decode(latents))
+
+
+@command()
+@click.option("--model", default="nano", help=f"Name ({', '.join(MODELS)}) or a pipeline's folder.")
+@click.option("--calib-dir", default="calibration_data", help="Folder to fill.")
+@click.option("--num-images", type=int, help="Images to sample.  [default: 50; nano: 16]")
+@click.option("--num-steps", type=int, help="Steps of each.  [default: 50; nano: 30]")
+@click.option("--cfg-weight", type=float, help="Guidance.  [default: 7.5; nano: 4]")
+@click.option("--prompts", help="File with one prompt a line.  [default: the model's own list]")
+@click.option("--seed", default=0, help="Of the first image; the next ones count up.")
+@click.option("--batch-size", default=4, help="Images sampled together.")
+@click.option("--height", type=int, help="In pixels.  [default: 1024; nano: 128]")
+@click.option("--width", type=int, help="In pixels.  [default: 1024; nano: 128]")
+@click.option(
+    "--force", is_flag=True, help="Start afresh in a folder that holds other work.  [off]"
+)
+def main(calib_dir: str, **settings: Any) -> None:
+    """Stage 1: sample pictures with the 16-bit model and keep what entered every step.
+
+    \b
+    Example:
+      python -m src.generate_calibration_data --num-images 16
+    """
+    start = time.perf_counter()
+    folder = generate_calibration_data(calib_dir=calib_dir, **settings)
+    seconds, peak = time.perf_counter() - start, human_bytes(peak_memory_bytes())
+    click.echo(f"calibration data is in {folder}, {seconds:.1f} s, peak {peak}")
+
+
+if __name__ == "__main__":
+    main()
