@@ -71,6 +71,7 @@ def test_arrows_point_one_way(path):
         "store": {"errors"},
         "sampling": {"errors", "store"},
         "models": {"errors", "store", "sampling"},
+        "quant": {"errors", "store"},
         "calibration": {"errors", "store", "sampling", "models"},
     }
     if own:

@@ -16,9 +16,10 @@ import mlx.core as mx
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from src.models.mmdit import timestep_features
+
 from mlx.utils import tree_flatten
 
-from src.models.mmdit import timestep_features
 from tests import published_models as published
 from tests.helpers import random_inputs, random_model, relative_error
 from tests.mmdit_reference import forward

@@ -10,16 +10,26 @@ images/IIII.png          the picture
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 from PIL import Image
 
-from ..models.pipeline import Conditioning
+from ..models.pipeline import Conditioning, Pipeline
 from ..sampling import Step
 from ..sampling.schedule import TRAINING_STEPS
-from ..store import atomic_write, save_npz
+from ..store import (
+    MANIFEST_NAME,
+    atomic_write,
+    hash_file,
+    load_npz,
+    read_manifest,
+    require_match,
+    save_npz,
+)
 
 FORMAT, VERSION = "ditq-calibration", 1
 
@@ -107,3 +117,60 @@ def remove_leftovers(folder: Path) -> None:
     for pattern in PATTERNS:
         for path in folder.glob(pattern):
             path.unlink()
+
+
+@dataclass(frozen=True)
+class Trajectories:
+    """A finished calibration folder, read back."""
+
+    folder: Path
+    settings: dict[str, Any]
+    made_from: dict[str, Any]
+    hash: str  # of the manifest, and with it of every file
+
+    @classmethod
+    def open(cls, folder: str | Path, pipeline: Pipeline | None = None) -> Trajectories:
+        """Checks that stage 1 has finished the folder, with this very model if one is given."""
+        folder = Path(folder)
+        hint = "run `python -m src.generate_calibration_data` first"
+        data = read_manifest(folder, FORMAT, VERSION, hint)
+        if pipeline is not None:
+            wanted = {"model": pipeline.name, "model_hash": pipeline.hash}
+            way_out = "give the model that made the folder, or make the folder again"
+            require_match(folder / MANIFEST_NAME, data["made_from"], wanted, way_out)
+        digest = hash_file(folder / MANIFEST_NAME)
+        return cls(folder, data["settings"], data["made_from"], digest)
+
+    @property
+    def num_images(self) -> int:
+        return len(self.settings["prompts"])
+
+    @property
+    def num_steps(self) -> int:
+        return self.settings["num_steps"]
+
+    @property
+    def sigmas(self) -> list[float]:
+        """num_steps + 1 of them, the last one 0."""
+        return self.settings["schedule"]["sigmas"]
+
+    @property
+    def cfg_weight(self) -> float:
+        return self.settings["cfg_weight"]
+
+    def latent(self, image: int, step: int) -> np.ndarray:
+        """(height, width, channels) float32, what entered that step; finite or an error."""
+        if step == self.num_steps:
+            return load_npz(self.folder / latent_name(image), finite=True)["x"]
+        return load_npz(self.folder / sample_name(image, step), finite=True)["x"]
+
+    def conditioning(self, images: Sequence[int], dtype: mx.Dtype) -> Conditioning:
+        """The images' rows, then their negatives' where the folder was made with guidance."""
+        loaded = [load_npz(self.folder / conditioning_name(i), finite=True) for i in images]
+        prefixes = ["", "negative_"] if "negative_text" in loaded[0] else [""]
+
+        def rows(name: str) -> mx.array:
+            stacked = [arrays[prefix + name] for prefix in prefixes for arrays in loaded]
+            return mx.array(np.stack(stacked)).astype(dtype)
+
+        return Conditioning(rows("text"), rows("pooled"))

@@ -20,8 +20,8 @@ from ..errors import UserError
 from ..store import check_expected, load_folder, load_tensors
 from .configs import MMDiTConfig
 from .mmdit import MMDiT
+from .paths import BLOCKS
 
-BLOCKS = "multimodal_transformer_blocks"
 IMAGE, TEXT = "image_transformer_block", "text_transformer_block"
 STEMS = ("diffusion_pytorch_model", "model")  # diffusers' and everybody else's
 HEAD_DIM = 64  # of every published SD3; only a QK norm tells it otherwise

@@ -1,0 +1,1 @@
+"""Methods of quantization, one file each; they know arrays and linears, no models."""

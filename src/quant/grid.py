@@ -1,0 +1,83 @@
+"""Integer grids: scales, codes and back.
+
+A weight is W ≈ scale·code with codes in -2^(bits-1) … 2^(bits-1) - 1. Scales are float32 of shape
+(rows, groups): one group spans the whole row unless a group size is given. An activation is
+x ≈ scale·code + shift with codes in -Q … Q, Q = 7, 31, 127 for 4, 6, 8 bits.
+"""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+from ..errors import UserError
+
+GROUP_SIZES = (0, 32, 64, 128)  # 0: the whole row, one scale per output channel
+SMALLEST_SCALE = 1e-12  # of an all-zero row, whose codes are then 0
+
+
+def check_bits(bits: int, what: str = "bits") -> None:
+    if not 2 <= bits <= 8:
+        raise UserError(f"{what} must be 2 to 8, got {bits}")
+
+
+def code_range(bits: int) -> tuple[int, int]:
+    """Smallest and largest code of a weight."""
+    return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+
+
+def activation_limit(bits: int) -> int:
+    """Q, the largest code of an activation; the smallest is -Q."""
+    return 2 ** (bits - 1) - 1
+
+
+def grouped(weight: mx.array, group_size: int) -> mx.array:
+    """(rows, columns) as (rows, groups, columns of a group)."""
+    rows, columns = weight.shape
+    if group_size not in GROUP_SIZES:
+        valid = ", ".join(map(str, GROUP_SIZES))
+        raise UserError(f"group size {group_size} is not possible; valid: {valid}")
+    size = group_size or columns
+    if columns % size:
+        raise UserError(f"group size {group_size} does not divide {columns} input channels")
+    return weight.reshape(rows, columns // size, size)
+
+
+def absmax_scale(weight: mx.array, bits: int, group_size: int = 0) -> mx.array:
+    """(rows, groups) float32 scales that clip nothing."""
+    largest = mx.abs(grouped(weight.astype(mx.float32), group_size)).max(axis=-1)
+    return mx.maximum(largest / code_range(bits)[1], SMALLEST_SCALE)
+
+
+def spread(scale: mx.array, columns: int) -> mx.array:
+    """(rows, groups) scales as (rows, columns), one per weight."""
+    rows, groups = scale.shape
+    return mx.broadcast_to(scale[..., None], (rows, groups, columns // groups)).reshape(rows, -1)
+
+
+def nearest_codes(weight: mx.array, scale: mx.array, bits: int) -> mx.array:
+    """(rows, columns) int8 codes, each the nearest on its grid."""
+    low, high = code_range(bits)
+    ratio = weight.astype(mx.float32) / spread(scale, weight.shape[1])
+    return mx.clip(mx.round(ratio), low, high).astype(mx.int8)
+
+
+def dequantize(codes: mx.array, scale: mx.array) -> mx.array:
+    """float32 weights of codes."""
+    return codes.astype(mx.float32) * spread(scale, codes.shape[1])
+
+
+def activation_codes(
+    x: mx.array, scale: mx.array, bits: int, shift: mx.array | None = None
+) -> mx.array:
+    """float32 codes, whole numbers in -Q … Q; scale broadcasts, shift is per channel."""
+    limit = activation_limit(bits)
+    x = x.astype(mx.float32)
+    return mx.clip(mx.round((x if shift is None else x - shift) / scale), -limit, limit)
+
+
+def fake_quantize(
+    x: mx.array, scale: mx.array, bits: int, shift: mx.array | None = None
+) -> mx.array:
+    """x as it is after quantization and back, in its own dtype."""
+    rounded = activation_codes(x, scale, bits, shift) * scale
+    return (rounded if shift is None else rounded + shift).astype(x.dtype)
