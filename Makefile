@@ -26,7 +26,7 @@ blas:
 
 demo: install
 	$(BIN)/ditq doctor
-	$(BIN)/ditq generate --model tiny --prompt "a large red star in the center on a night background" --output demo/tiny.png
+	$(BIN)/ditq demo
 
 test: install
 	$(BIN)/python -m pytest -m "not sd3"

@@ -23,8 +23,10 @@ DEBUG = "DITQ_DEBUG"
 # Commands in the order of use: name on the command line, module in this package.
 COMMANDS = {
     "doctor": "doctor",
+    "demo": "demo",
     "generate": "generate",
     "generate-calibration-data": "generate_calibration_data",
+    "collect-layer-activations": "collect_layer_activations",
 }
 
 

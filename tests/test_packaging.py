@@ -73,6 +73,7 @@ def test_arrows_point_one_way(path):
         "models": {"errors", "store", "sampling"},
         "quant": {"errors", "store"},
         "calibration": {"errors", "store", "sampling", "models"},
+        "report": {"errors", "store"},
     }
     if own:
         assert used <= allowed[own], f"{path} imports {used - allowed[own]}"
