@@ -1,6 +1,6 @@
 """How much OpenBLAS speeds up MLX on the CPU: the same product with and without, side by side.
 
-    python tools/bench_blas.py --rounds 5
+    python -m tools.bench_blas --rounds 5
 
 Each round starts one process with the bundled BLAS and one with OpenBLAS, in turn, so that a
 machine whose speed drifts treats both alike. Writes docs/benchmarks/blas.json and blas.md.
@@ -17,7 +17,6 @@ from pathlib import Path
 
 import click
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from tools.bench_common import machine, write_report
 
 WORKER = """

@@ -27,7 +27,7 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "mlx": importlib.metadata.version("mlx"),
         "date": datetime.date.today().isoformat(),
-        "command": shlex.join(["python", *sys.argv]),
+        "command": shlex.join(["python", "-m", f"tools.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
     }
 
 

@@ -1,23 +1,19 @@
 """How closely the transformer agrees with the published packages, and what their quirks cost.
 
-    python tools/bench_parity.py
+    python -m tools.bench_parity
 
 Needs the extras sd3 and parity. Writes docs/benchmarks/parity.json and parity.md.
 """
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
-from pathlib import Path
+
+from src.models.mmdit import timestep_features
 
 import click
 import mlx.core as mx
 import numpy as np
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from src.models.mmdit import timestep_features
-
 from mlx.utils import tree_flatten
 
 from tests import published_models as published

@@ -1,4 +1,4 @@
-"""Writes nano's two prompt lists: `python tools/make_prompts.py`.
+"""Writes nano's two prompt lists: `python -m tools.make_prompts`.
 
 Calibration captions are of the kind that training saw; evaluation captions are held out from it.
 Both go through pictures of one, two and three objects in turn, so any first few lines are mixed.
@@ -6,22 +6,18 @@ Both go through pictures of one, two and three objects in turn, so any first few
 
 from __future__ import annotations
 
-import sys
 from itertools import chain
-from pathlib import Path
+
+from src.cli import command
+from src.models.nano.captions import captions, tokenize
+from src.models.nano.scenes import sample_scenes
+from src.models.prompts import FOLDER
+from src.store import write_bytes
 
 import click
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from src.cli import command  # noqa: E402
-from src.models.nano.captions import captions, tokenize  # noqa: E402
-from src.models.nano.scenes import sample_scenes  # noqa: E402
-from src.models.prompts import FOLDER  # noqa: E402
-from src.store import write_bytes  # noqa: E402
-
-from tools.nano_common import is_held_out  # noqa: E402
+from tools.nano_common import is_held_out
 
 
 def draw_captions(rng: np.random.Generator, objects: int, n: int, held_out: bool) -> list[str]:
@@ -40,7 +36,7 @@ def main(per_kind: int, seed: int) -> None:
 
     \b
     Example:
-      python tools/make_prompts.py
+      python -m tools.make_prompts
     """
     for index, (name, held_out) in enumerate((("nano", False), ("nano_evaluation", True))):
         rng = np.random.default_rng([seed, index])
