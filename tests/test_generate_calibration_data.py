@@ -33,12 +33,9 @@ STAGE = "src.generate_calibration_data"
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file by name; the lock says nothing."""
-    return {
-        str(p.relative_to(folder)): p.read_bytes()
-        for p in sorted(folder.rglob("*"))
-        if p.is_file() and not p.name.startswith(".lock")
-    }
+    """Every file by name."""
+    files = (p for p in sorted(folder.rglob("*")) if p.is_file())
+    return {str(p.relative_to(folder)): p.read_bytes() for p in files}
 
 
 @pytest.fixture(scope="module")
