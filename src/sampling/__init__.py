@@ -1,8 +1,15 @@
 """From noise to a latent: sigma schedule, samplers, guidance, callbacks."""
 
-from .callbacks import AfterCallback, BeforeCallback, Callback, InterruptCallback, StepCallback
+from .callbacks import (
+    AfterCallback,
+    BeforeCallback,
+    Callback,
+    InterruptCallback,
+    Step,
+    StepCallback,
+)
 from .guidance import guided, uses_guidance
-from .loop import SAMPLERS, Step, denoise
+from .loop import SAMPLERS, denoise
 from .noise import Noise
 from .schedule import sd3_sigmas, shifted
 

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import mlx.core as mx
 import numpy as np
 
-if TYPE_CHECKING:
-    from .loop import Step
+
+@dataclass(frozen=True)
+class Step:
+    """One finished step: `latent` entered it, `next_latent` left it."""
+
+    index: int
+    total: int
+    sigma: float
+    next_sigma: float
+    latent: mx.array
+    velocity: mx.array
+    next_latent: mx.array
 
 
 @runtime_checkable

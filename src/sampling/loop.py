@@ -4,33 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 
 import mlx.core as mx
 import numpy as np
 
 from ..errors import UserError
-from .callbacks import AfterCallback, BeforeCallback, Callback, InterruptCallback, StepCallback
+from .callbacks import (
+    AfterCallback,
+    BeforeCallback,
+    Callback,
+    InterruptCallback,
+    Step,
+    StepCallback,
+)
 from .noise import Noise
 
 SAMPLERS = ("euler", "ddim")
 
 # (latent, scalar sigma) to velocity.
 Velocity = Callable[[mx.array, mx.array], mx.array]
-
-
-@dataclass(frozen=True)
-class Step:
-    """One finished step: `latent` entered it, `next_latent` left it."""
-
-    index: int
-    total: int
-    sigma: float
-    next_sigma: float
-    latent: mx.array
-    velocity: mx.array
-    next_latent: mx.array
 
 
 def euler(latent: mx.array, velocity: mx.array, sigma: float, next_sigma: float) -> mx.array:
