@@ -198,7 +198,8 @@ def infer_config(weights: dict[str, mx.array], path: Path) -> MMDiTConfig:
             raise UserError(f"{path}: tensor {name} is missing")
         if weights[name].ndim != dimensions:
             raise UserError(
-                f"{path}: tensor {name} has shape {weights[name].shape}, not {dimensions} dimensions"
+                f"{path}: tensor {name} has shape {weights[name].shape}, "
+                f"not {dimensions} dimensions"
             )
         return weights[name].shape
 

@@ -12,7 +12,7 @@ LISTS = ("nano", "nano_evaluation", "sd3", "sd3_evaluation")
 
 
 def load_prompts(source: str | Path) -> list[str]:
-    """The prompts of a shipped list, or of a UTF-8 file with one a line; blank lines are skipped."""
+    """The prompts of a shipped list or of a UTF-8 file, one a line; blank lines do not count."""
     path = FOLDER / f"{source}.txt" if source in LISTS else Path(source)
     try:
         lines = path.read_bytes().decode("utf-8-sig").splitlines()
