@@ -26,7 +26,10 @@ COMMANDS = {
     "demo": "demo",
     "generate": "generate",
     "generate-calibration-data": "generate_calibration_data",
+    "cache-adaround-data": "cache_adaround_data",
+    "adaround-optimize": "adaround_optimize",
     "collect-layer-activations": "collect_layer_activations",
+    "analyze-activations": "analyze_activations",
 }
 
 
@@ -110,6 +113,15 @@ class Bar:
 
     def step(self, step: Step) -> None:
         self._bar.update()
+
+
+def memory_bytes() -> int:
+    """Of the device where it has its own, else of the machine."""
+    info = mx.device_info()
+    for key in ("memory_size", "total_memory"):
+        if key in info:
+            return int(info[key])
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def peak_memory_bytes() -> int:

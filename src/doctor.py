@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import os
 import platform
 import shutil
 import time
@@ -14,7 +13,7 @@ import click
 import mlx.core as mx
 
 from . import __version__, blas
-from .cli import command
+from .cli import command, memory_bytes
 from .store import human_bytes
 
 SD3_PACKAGES = ("diffusionkit", "torch", "transformers", "huggingface_hub")
@@ -38,15 +37,6 @@ def report() -> dict[str, str]:
 def device_name() -> str:
     info = mx.device_info()
     return str(info.get("device_name") or info.get("architecture") or platform.machine())
-
-
-def memory_bytes() -> int:
-    """Of the device where it has its own, else of the machine."""
-    info = mx.device_info()
-    for key in ("memory_size", "total_memory"):
-        if key in info:
-            return int(info[key])
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def usable_backends() -> list[str]:

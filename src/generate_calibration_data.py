@@ -12,21 +12,13 @@ import numpy as np
 
 from .calibration import trajectories
 from .cli import Bar, command, peak_memory_bytes
-from .distributed import Ranks
+from .distributed import Ranks, open_manifest
 from .errors import UserError
 from .models.load import MODELS, load_pipeline
 from .models.pipeline import Pipeline
 from .models.prompts import load_prompts
 from .sampling import Noise, StepCallback, denoise, sd3_sigmas, uses_guidance
-from .store import (
-    Manifest,
-    clear_folder,
-    folder_lock,
-    human_bytes,
-    remove_stale_temporaries,
-    require_space,
-    require_writable,
-)
+from .store import folder_lock, human_bytes, require_space, require_writable
 
 
 @dataclass(frozen=True)
@@ -106,7 +98,16 @@ def generate_calibration_data(
         width=width,
     )
     with folder_lock(folder, rank=ranks.store_rank):
-        manifest = open_manifest(folder, plan, ranks, force)
+        manifest = open_manifest(
+            folder,
+            ranks,
+            format=trajectories.FORMAT,
+            version=trajectories.VERSION,
+            settings=plan.settings(),
+            made_from={"model": plan.pipeline.name, "model_hash": plan.pipeline.hash},
+            force=force,
+            own_files=trajectories.PATTERNS,
+        )
         units = [f"{image:04d}" for image in range(len(plan.prompts))]
         todo = [b for b in plan.batches() if manifest.pending(units[b[0] : b[-1] + 1])]
         if ranks.rank == 0:
@@ -149,23 +150,6 @@ def make_plan(
     )
     plan.check()
     return plan
-
-
-def open_manifest(folder: Path, plan: Plan, ranks: Ranks, force: bool) -> Manifest:
-    if ranks.rank == 0:
-        if force:
-            clear_folder(folder, trajectories.FORMAT)
-            trajectories.remove_leftovers(folder)
-        remove_stale_temporaries(folder)
-    ranks.barrier()
-    return Manifest.open(
-        folder,
-        format=trajectories.FORMAT,
-        version=trajectories.VERSION,
-        settings=plan.settings(),
-        made_from={"model": plan.pipeline.name, "model_hash": plan.pipeline.hash},
-        rank=ranks.store_rank,
-    )
 
 
 def announce(folder: Path, plan: Plan, images: int) -> None:

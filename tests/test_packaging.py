@@ -71,9 +71,18 @@ def test_arrows_point_one_way(path):
         "store": {"errors"},
         "sampling": {"errors", "store"},
         "models": {"errors", "store", "sampling"},
-        "quant": {"errors", "store"},
+        "backends": {"errors"},
+        "quant": {"errors", "store", "backends"},
         "calibration": {"errors", "store", "sampling", "models"},
         "report": {"errors", "store"},
+        "metrics": {"errors", "store", "sampling", "models", "calibration"},
+        "activation_track": {
+            *("errors", "store", "sampling", "models", "calibration", "quant", "report"),
+        },
+        "weight_track": {
+            *("cli", "distributed", "errors", "store", "sampling", "models"),
+            *("calibration", "quant", "metrics"),
+        },
     }
     if own:
         assert used <= allowed[own], f"{path} imports {used - allowed[own]}"

@@ -18,6 +18,7 @@ import mlx.core as mx
 import numpy as np
 from PIL import Image
 
+from ..models.load import load_pipeline
 from ..models.pipeline import Conditioning, Pipeline
 from ..sampling import Step
 from ..sampling.schedule import TRAINING_STEPS
@@ -112,13 +113,6 @@ def image_bytes(
     return (num_steps + 1) * latent + conditioning_bytes + PICTURE_BYTES_PER_PIXEL * pixels
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Removes this stage's own files, listed in a manifest or not."""
-    for pattern in PATTERNS:
-        for path in folder.glob(pattern):
-            path.unlink()
-
-
 @dataclass(frozen=True)
 class Trajectories:
     """A finished calibration folder, read back."""
@@ -174,3 +168,15 @@ class Trajectories:
             return mx.array(np.stack(stacked)).astype(dtype)
 
         return Conditioning(rows("text"), rows("pooled"))
+
+
+def open_with_pipeline(
+    folder: str | Path, model: str | None = None
+) -> tuple[Trajectories, Pipeline]:
+    """A finished calibration folder and the model that made it.
+
+    `model` (a name or a path) is needed where the recorded name alone does not lead to it.
+    """
+    recorded = Trajectories.open(folder).made_from["model"]
+    pipeline = load_pipeline(model or recorded)
+    return Trajectories.open(folder, pipeline), pipeline

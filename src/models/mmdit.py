@@ -12,6 +12,8 @@ place where q and k are made, in the stead of `PositionEmbedding`.
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -221,6 +223,16 @@ class FinalLayer(nn.Module):
         return self.linear(modulate(x, *self.adaLN_modulation(conditioning)))
 
 
+class NoiseLevel(Protocol):
+    """What layers read that compute differently at different noise levels."""
+
+    def set_sigma(self, sigma: mx.array | float) -> None:
+        """One sigma, or one for each row of the batch."""
+
+    def at(self, sigma: mx.array | float) -> AbstractContextManager[None]:
+        """The same while a context lasts."""
+
+
 class MMDiT(nn.Module):
     """Predicts the velocity of a noised latent, for all sizes of SD3 and SD3.5 and for nano."""
 
@@ -234,6 +246,16 @@ class MMDiT(nn.Module):
         self.context_embedder = nn.Linear(config.text_dim, config.hidden)
         self.multimodal_transformer_blocks = [JointBlock(config, i) for i in range(config.depth)]
         self.final_layer = FinalLayer(config)
+        self._level: NoiseLevel | None = None
+
+    def follow(self, level: NoiseLevel) -> None:
+        """Every call sets the level from its timesteps from now on."""
+        self._level = level
+
+    def set_sigma(self, sigma: mx.array | float) -> None:
+        """Sets the level for calls of single blocks; nothing where no layer depends on it."""
+        if self._level is not None:
+            self._level.set_sigma(sigma)
 
     def conditioning(self, pooled: mx.array, timestep: mx.array) -> mx.array:
         """What every modulation reads, (batch, hidden)."""
@@ -248,6 +270,13 @@ class MMDiT(nn.Module):
         text is (batch, tokens, text_dim), pooled (batch, pooled_dim), timestep (batch,) in
         thousandths of sigma, one per sample.
         """
+        with nullcontext() if self._level is None else self._level.at(timestep / 1000):
+            return self.velocity(latent, text, pooled, timestep)
+
+    def velocity(
+        self, latent: mx.array, text: mx.array, pooled: mx.array, timestep: mx.array
+    ) -> mx.array:
+        """The call itself, at the level that is set."""
         rows, columns = self.patch_grid(latent)
         conditioning = self.conditioning(pooled, timestep)
         image = self.x_embedder(latent) + self.x_pos_embedder(rows, columns)

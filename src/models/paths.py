@@ -28,6 +28,20 @@ def block_linears(model: nn.Module) -> dict[str, nn.Linear]:
     return linears
 
 
+def input_of(path: str) -> str:
+    """The path that stands for a linear's input: q, k and v of one attention share theirs."""
+    parent, _, name = path.rpartition(".")
+    return f"{parent}.q_proj" if name in ("k_proj", "v_proj") else path
+
+
+def values_of(path: str) -> str:
+    """The path that stands for an o_proj's values: the joint attention mixes those of both streams,
+    so what is done to them is done to both inputs. Other paths stand for themselves."""
+    if path.endswith("text_transformer_block.attn.o_proj"):
+        return path.replace("text_transformer_block", "image_transformer_block")
+    return path
+
+
 def module_at(model: nn.Module, path: str) -> nn.Module:
     """The module with that path; a path that leads nowhere is an error."""
     module = model

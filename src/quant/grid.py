@@ -13,6 +13,7 @@ from ..errors import UserError
 
 GROUP_SIZES = (0, 32, 64, 128)  # 0: the whole row, one scale per output channel
 SMALLEST_SCALE = 1e-12  # of an all-zero row, whose codes are then 0
+CLIP_RATIOS = tuple(1 - 0.025 * i for i in range(27))  # of the largest weight, 1 down to 0.35
 
 
 def check_bits(bits: int, what: str = "bits") -> None:
@@ -28,6 +29,16 @@ def code_range(bits: int) -> tuple[int, int]:
 def activation_limit(bits: int) -> int:
     """Q, the largest code of an activation; the smallest is -Q."""
     return 2 ** (bits - 1) - 1
+
+
+def fine_limit(bits: int) -> int:
+    """The largest fine code where one bit of a code says its region."""
+    return 2 ** (bits - 2) - 1
+
+
+def coarse_limit(bits: int, sides: int) -> int:
+    """The largest coarse code, in coarse steps: one side alone has the room of two."""
+    return fine_limit(bits) if sides == 2 else activation_limit(bits)
 
 
 def grouped(weight: mx.array, group_size: int) -> mx.array:
@@ -81,3 +92,43 @@ def fake_quantize(
     """x as it is after quantization and back, in its own dtype."""
     rounded = activation_codes(x, scale, bits, shift) * scale
     return (rounded if shift is None else rounded + shift).astype(x.dtype)
+
+
+def clipped_scale(
+    weight: mx.array, bits: int, group_size: int = 0, importance: mx.array | None = None
+) -> mx.array:
+    """(rows, groups) scales: of several clip ratios the one with the least weighted error.
+
+    `importance` is per input channel, such as the mean square of what the channel carries. Ratio
+    1, which clips nothing, is always a candidate.
+    """
+    weight = weight.astype(mx.float32)
+    rows, columns = weight.shape
+    absmax = absmax_scale(weight, bits, group_size)
+    per_column = mx.ones((columns,)) if importance is None else importance.astype(mx.float32)
+    best, least = absmax, mx.full(absmax.shape, mx.inf)
+    for ratio in CLIP_RATIOS:
+        scale = absmax * ratio
+        error = weight - dequantize(nearest_codes(weight, scale, bits), scale)
+        cost = mx.square(error) * per_column
+        cost = cost.reshape(rows, absmax.shape[1], -1).sum(axis=-1)
+        best, least = mx.where(cost < least, scale, best), mx.minimum(cost, least)
+        mx.eval(best, least)
+    return best
+
+
+def output_error(weight: mx.array, rounded: mx.array, hessian: mx.array) -> mx.array:
+    """(rows,) squared error of each output channel over the inputs that made the Hessian XᵀX."""
+    difference = weight.astype(mx.float32) - rounded
+    return ((difference @ hessian) * difference).sum(axis=-1)
+
+
+def guarded_scale(weight: mx.array, bits: int, group_size: int, hessian: mx.array) -> mx.array:
+    """The clipped scales, but absmax in output channels that nearest rounding serves better so."""
+    absmax = absmax_scale(weight, bits, group_size)
+    clipped = clipped_scale(weight, bits, group_size, mx.diag(hessian))
+    costs = [
+        output_error(weight, dequantize(nearest_codes(weight, scale, bits), scale), hessian)
+        for scale in (absmax, clipped)
+    ]
+    return mx.where((costs[1] <= costs[0])[:, None], clipped, absmax)

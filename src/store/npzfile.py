@@ -8,6 +8,7 @@ import re
 import struct
 import zipfile
 import zlib
+from collections.abc import Collection
 from pathlib import Path
 from typing import IO, Any
 
@@ -52,16 +53,20 @@ def load_npz(
     finite: bool = False,
     allow_extra: bool = False,
     hint: str = "",
+    only: Collection[str] | None = None,
 ) -> dict[str, np.ndarray]:
     """Read all arrays, in the machine's byte order; at most `max_bytes` bytes together.
 
     `expect` names the arrays that must be there, with dtype and shape, and no others may be
     unless `allow_extra`. `finite` refuses NaN and infinity. `hint` says how to make the file.
+    `only` names the arrays to read of a large file; the others are passed over unread.
     """
     with open_for_reading(path, hint) as (file, size):
         try:
             with zipfile.ZipFile(file) as archive:
                 members = _checked_members(archive, size, max_bytes)
+                if only is not None:
+                    members = {n: m for n, m in members.items() if n in only}
                 arrays = {n: _read_member(archive, m) for n, m in members.items()}
         except _UNSOUND as error:
             raise damaged(path, f"not a sound npz file ({one_line(error)})") from error

@@ -1,0 +1,258 @@
+"""How analyze_activations comes from statistics to tiers, scales and factors, step by step."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from ..calibration import histogram
+from ..calibration.activations import ActivationStatistics, InputStatistics
+from ..calibration.sensitivity import Samples, sampled_rows
+from ..models.mmdit import MMDiT
+from ..models.paths import block_linears, module_at, replaced, values_of
+from ..quant import smooth
+from ..quant.artifacts import LayerConfig, QuantConfig
+from ..quant.plan import (
+    Points,
+    ScaleTable,
+    largest_values,
+    one_shift,
+    scale_table,
+    two_region_table,
+)
+from ..quant.simulate import CurrentStep, SimulatedLinear, static_quantizer
+from ..quant.tiers import Range, Thresholds, average_bits, frontier, has_spikes, threshold_tier
+
+TOKENS_SAMPLED = 64  # of each stored step, for the smoothing's search
+STEADY = 1.1  # largest over smallest scale below which a layer needs one only
+
+Bits = dict[str, np.ndarray]  # per input, one tier a step
+
+
+@dataclass
+class Plan:
+    """Everything that is known of a model's inputs, and what was decided so far."""
+
+    statistics: ActivationStatistics
+    model: MMDiT
+    samples: Samples
+    tiers: tuple[int, ...]
+    thresholds: Thresholds
+    segments: int
+    two_regions: str = "post-gelu"  # which inputs may have two regions of codes: or all, none
+    smoothing: dict[str, smooth.Search] = field(default_factory=dict)
+
+    @cached_property
+    def readers(self) -> dict[str, list[str]]:
+        """Per input, the linears that read it."""
+        readers: dict[str, list[str]] = {}
+        for path, source in self.statistics.layers.items():
+            readers.setdefault(source, []).append(path)
+        return readers
+
+    @cached_property
+    def linears(self) -> np.ndarray:
+        """How many linears read each input, in the order of `tables`."""
+        return np.array([len(self.readers[path]) for path in self.statistics.inputs])
+
+    @cached_property
+    def rows(self) -> dict[str, list[np.ndarray]]:
+        return sampled_rows(self.model, self.samples, TOKENS_SAMPLED)
+
+    @cached_property
+    def ranges(self) -> dict[str, list[Range]]:
+        """What the thresholds look at, per input and step."""
+        return {path: input_ranges(found) for path, found in self.statistics.inputs.items()}
+
+    @cached_property
+    def tables(self) -> dict[str, ScaleTable]:
+        """Scales of every input, for every step and tier; after the smoothing is decided."""
+        return {path: self.table(found) for path, found in self.statistics.inputs.items()}
+
+    def table(self, found: InputStatistics) -> ScaleTable:
+        """With one region of codes or, where that is allowed and has less error, two."""
+        shift = one_shift(found.shift)
+        search = self.smoothing.get(found.path)
+        factors = search.smoothing if search else None
+        largest = largest_values(found.minimum, found.maximum, shift, factors)
+        if factors is not None:
+            points = self.smoothed_points(found.path, largest, shift, factors)
+            return scale_table(points, largest, self.tiers, shift, factors)
+        raw = [histogram.points(step) for step in found.hist]
+        centred = raw if shift is None else [histogram.points(s) for s in found.hist_centred]
+        table = scale_table(centred, largest, self.tiers, shift)
+        if self.two_regions == "none" or (shift is None and self.two_regions != "all"):
+            return table
+        lowest = None if shift is None else found.minimum.min(axis=1)
+        absmax = found.absmax.max(axis=1)
+        return min(table, two_region_table(raw, absmax, self.tiers, lowest), key=ScaleTable.level)
+
+    def smoothed_points(
+        self, path: str, largest: np.ndarray, shift: np.ndarray | None, factors: np.ndarray
+    ) -> list[Points]:
+        """Distributions after smoothing, from the sampled rows: those of the nearest stored step,
+        stretched to the range that the step is known to have."""
+        keys = np.array(self.statistics.step_keys)
+        stored = np.array([step for _, step in self.samples.pairs])
+        values = []
+        for x in self.rows[path]:
+            scaled = np.abs((x if shift is None else x - shift) / factors).reshape(-1)
+            values.append(scaled / max(scaled.max(), 1e-30))
+        nearest = [int(np.abs(stored - key).argmin()) for key in keys]
+        return [
+            (values[i] * top, np.ones(len(values[i])))
+            for i, top in zip(nearest, largest, strict=True)
+        ]
+
+    def by_thresholds(self) -> Bits:
+        """The published rule's tiers, with the smoothing that was decided."""
+        return {path: self.threshold_tiers(path, path in self.smoothed) for path in self.ranges}
+
+    def threshold_tiers(self, path: str, smoothed: bool) -> np.ndarray:
+        """(steps,) tiers of one input by the published rule."""
+        found = self.ranges[path]
+        return np.array([threshold_tier(r, self.thresholds, self.tiers, smoothed) for r in found])
+
+    @property
+    def smoothed(self) -> list[str]:
+        """Inputs for which the search found a smoothing that helps."""
+        return [path for path, search in self.smoothing.items() if search.strength]
+
+    def spiked(self) -> list[str]:
+        """Inputs in which, at any step, a few channels stand far above all others."""
+        return [
+            path
+            for path, ranges in self.ranges.items()
+            if any(has_spikes(r, self.thresholds) for r in ranges)
+        ]
+
+    def uniform(self, bits: int) -> Bits:
+        steps = len(self.statistics.step_keys)
+        return {path: np.full(steps, bits) for path in self.statistics.inputs}
+
+    def search_smoothing(self, paths: Sequence[str]) -> None:
+        """Finds the strength for these inputs, at the tiers that smoothing would allow; inputs
+        that hang together get one."""
+        wanted = {values_of(path) for path in paths}
+        groups: dict[str, list[str]] = {}
+        for path in self.statistics.inputs:
+            if values_of(path) in wanted:
+                groups.setdefault(values_of(path), []).append(path)
+        for members in groups.values():
+            found = smooth.search([self.reader(path) for path in members])
+            self.smoothing |= dict.fromkeys(members, found)
+
+    def reader(self, path: str) -> smooth.Reader:
+        """Sampled rows of one input, and all weights that read it."""
+        keys, tiers = list(self.statistics.step_keys), self.threshold_tiers(path, smoothed=True)
+        places = [keys.index(step) for _, step in self.samples.pairs]
+        rows = [
+            smooth.Rows(x, int(tiers[place]))
+            for x, place in zip(self.rows[path], places, strict=True)
+        ]
+        weights = [module_at(self.model, name).weight for name in self.readers[path]]
+        stacked = np.concatenate([np.array(w.astype(mx.float32)) for w in weights])
+        return smooth.Reader(rows, stacked, one_shift(self.statistics.inputs[path].shift))
+
+    def layers(self, bits: Bits) -> dict[str, LayerConfig]:
+        """Every linear's configuration at these tiers."""
+        by_input = {p: t.layer(bits[p], self.segments, STEADY) for p, t in self.tables.items()}
+        return {path: by_input[source] for path, source in self.statistics.layers.items()}
+
+    def average_bits(self, bits: Bits) -> float:
+        return average_bits(np.stack([bits[p] for p in self.statistics.inputs]), self.linears)
+
+    def measure(self, bits: Bits) -> float:
+        """SQNR of the guided velocity at these tiers on the stored steps, mean in dB."""
+        step = CurrentStep(self.statistics.sigmas)
+        modules = self.simulated(step, self.layers(bits))
+        with replaced(self.model, modules):
+            errors = self.samples.relative_errors(step.following(self.model))
+        return float(np.mean(-10 * np.log10(np.maximum(errors, 1e-20))))
+
+    def simulated(
+        self, step: CurrentStep, layers: Mapping[str, LayerConfig]
+    ) -> dict[str, nn.Module]:
+        linears = block_linears(self.model)
+        return {
+            path: SimulatedLinear(linears[path], static_quantizer(step, layer))
+            for path, layer in layers.items()
+        }
+
+    def leave_one_out(self, advance: Callable[[], None]) -> dict[str, np.ndarray]:
+        """Per input (tiers, pairs): the velocity's error with this input alone quantized."""
+        step = CurrentStep(self.statistics.sigmas)
+        call = step.following(self.model)
+        changes = {
+            path: [self.one_input(step, path, tier) for tier in self.tiers]
+            for path in self.statistics.inputs
+        }
+        found = {}
+        for path, errors in self.samples.leave_one_out(self.model, call, changes):
+            found[path] = errors
+            advance()
+        return found
+
+    def one_input(self, step: CurrentStep, path: str, tier: int) -> dict[str, nn.Module]:
+        layer = self.tables[path].layer(np.full(len(self.statistics.step_keys), tier))
+        return self.simulated(step, dict.fromkeys(self.readers[path], layer))
+
+    def leave_one_out_seconds(self) -> float:
+        """What leave_one_out will take, from one forward."""
+        started = time.perf_counter()
+        self.samples.relative_errors(self.model)
+        return (time.perf_counter() - started) * len(self.statistics.inputs) * len(self.tiers)
+
+    def by_error(
+        self, effects: Mapping[str, np.ndarray], bits: float | None, sqnr: float | None
+    ) -> Bits:
+        """The tiers with the least error of the velocity within a budget.
+
+        `bits` is an average, `sqnr` the dB to reach with as few bits as possible.
+        """
+        paths = list(self.statistics.inputs)
+        errors = np.stack([self.step_errors(path, effects[path]) for path in paths])
+        steps, count = errors.shape[1], len(self.tiers)
+        cells = np.repeat(self.linears, steps)
+        found = frontier(errors.reshape(-1, count), cells, self.tiers)
+        units = (
+            found.within_bits(bits)
+            if sqnr is None
+            else found.within_error(steps * 10 ** (-sqnr / 10))
+        )
+        chosen = found.tiers_at(units).reshape(len(paths), steps)
+        return dict(zip(paths, chosen, strict=True))
+
+    def step_errors(self, path: str, effects: np.ndarray) -> np.ndarray:
+        """(steps, tiers) error of the velocity: that measured at a few steps, spread over all by
+        the input's own quantization error at each."""
+        table, keys = self.tables[path], list(self.statistics.step_keys)
+        places = [keys.index(step) for _, step in self.samples.pairs]
+        own = np.maximum(table.error, 1e-30)
+        shape = own / own[places].mean(axis=0)
+        return shape * effects.mean(axis=1)
+
+    def config(self, bits: Bits, made_from: dict[str, object]) -> QuantConfig:
+        statistics = self.statistics
+        layers = self.layers(bits)
+        return QuantConfig(made_from, statistics.step_keys, statistics.sigmas, layers)
+
+
+def input_ranges(found: InputStatistics) -> list[Range]:
+    """What the thresholds look at, for each step of one input."""
+    shifted = found.shift is not None
+    counts = found.hist_centred if shifted else found.hist
+    ranges = []
+    for index, hist in enumerate(counts):
+        offset = found.shift[index] if shifted else 0.0
+        width = np.maximum(offset - found.minimum[index], found.maximum[index] - offset)
+        largest = float(width.max())
+        p50, p99 = (histogram.percentile(hist, share, largest) for share in (0.5, 0.99))
+        ranges.append(Range(p50, p99, width, shifted))
+    return ranges

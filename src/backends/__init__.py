@@ -1,0 +1,12 @@
+"""How codes are multiplied: one file a backend, and the choice between them.
+
+All give factor·Σ_g scale[n, g]·Σ_k code[n, k]·x[…, k] in float32, the inner sum over the columns of
+a group. Where x holds the codes of activations, the inner sums are whole numbers; `reference`, and
+`dense` in float32, give them exactly. A row with a NaN in it gives NaN in all its outputs.
+"""
+
+from .device import Device
+from .select import BACKENDS, Backend, named, select
+from .weight import MLX_BITS, Weight
+
+__all__ = ["BACKENDS", "MLX_BITS", "Backend", "Device", "Weight", "named", "select"]

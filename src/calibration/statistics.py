@@ -1,0 +1,178 @@
+"""What goes into every linear, step by step: ranges, moments and histograms per channel.
+
+The reductions are part of the forward pass and run where it runs; raw activations never leave the
+device. A sample is one step of one image, the prompt's and the negative's rows together. All that
+is kept is kept per sample, so that any split over processes and batches folds to the same numbers:
+minima, maxima and counts do not ask for an order, and what does (the moving shift, the sums'
+rounding) is folded in the order of the images.
+
+timestep_stats/step_N.npz holds, per input and under `{path}__{name}`:
+
+minimum, maximum   (channels,) over all samples
+avg_min, avg_max   (channels,) means of the samples' minima and maxima
+mean, square       (channels,) E[x] and E[x²]
+hist               (BINS,) counts of |x|, see histogram.py
+shift              (channels,) post-GELU inputs only: moving centre of the samples' ranges
+hist_centred       (BINS,) post-GELU inputs only: counts of |x - centre of the sample's range|
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from ..errors import UserError
+from ..models.mmdit import MMDiT
+from ..models.paths import block_linears, input_of, replaced
+from ..store import load_npz
+from ..store.arrays import Expected
+from . import histogram
+from .replay import Inputs
+
+SHIFT_MOMENTUM = 0.95
+CENTRED = "hist_centred"
+SAMPLE_NAMES = ("minimum", "maximum", "mean", "square", "hist")
+
+Sample = dict[str, np.ndarray]  # name of a statistic to its values, for one input and sample
+
+
+def is_post_gelu(path: str) -> bool:
+    """Whether the linear's input is what GELU gives: bounded below, so off centre."""
+    return path.endswith("mlp.fc2")
+
+
+def input_paths(model: MMDiT) -> dict[str, str]:
+    """Every quantisable linear's path, and the path under which its input is recorded."""
+    return {path: input_of(path) for path in block_linears(model)}
+
+
+class Tap(nn.Module):
+    """A linear that shows its input to an observer first."""
+
+    def __init__(self, linear: nn.Module, observe: Callable[[mx.array], mx.array]) -> None:
+        super().__init__()
+        self.linear = linear
+        self._observe = observe
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.linear(self._observe(x))
+
+
+def collect(model: MMDiT, inputs: Inputs, samples: int) -> list[dict[str, Sample]]:
+    """One forward; for each sample, the statistics of every distinct input.
+
+    `inputs` holds the samples' rows, then (under guidance) as many of their negatives.
+    """
+    found: dict[str, dict[str, mx.array]] = {}
+
+    def tap(path: str, linear: nn.Module) -> Tap:
+        def observe(x: mx.array) -> mx.array:
+            reduced = reduce_input(x, samples, centred=is_post_gelu(path))
+            found[path] = reduced
+            # What follows waits for the reductions, or all activations would be kept until then.
+            return mx.depends(x, list(reduced.values()))
+
+        return Tap(linear, observe)
+
+    linears = block_linears(model)
+    distinct = {path: linears[path] for path in map(input_of, linears)}
+    with replaced(model, {path: tap(path, linear) for path, linear in distinct.items()}):
+        velocity = model(*inputs)
+    mx.eval(velocity, found)
+    arrays = {path: {n: np.array(a) for n, a in found[path].items()} for path in sorted(found)}
+    return [
+        {path: {n: a[row] for n, a in reduced.items()} for path, reduced in arrays.items()}
+        for row in range(samples)
+    ]
+
+
+def reduce_input(x: mx.array, samples: int, centred: bool) -> dict[str, mx.array]:
+    """(samples, channels) statistics and (samples, BINS) counts of a batch's input, float32."""
+    channels = x.shape[-1]
+    # Rows of a sample lie apart: prompts come first, then the negatives.
+    x = x.reshape(-1, samples, x.size // (channels * len(x)), channels).astype(mx.float32)
+    halves, _, tokens, _ = x.shape
+
+    def over_tokens(reduction: Callable[..., mx.array], values: mx.array) -> mx.array:
+        return reduction(reduction(values, axis=2), axis=0)
+
+    stride = histogram.counting_stride(halves * tokens * channels, channels)
+
+    def counts(values: mx.array) -> mx.array:
+        return histogram.count(values.swapaxes(0, 1).reshape(samples, -1)[:, ::stride])
+
+    reduced = {
+        "minimum": over_tokens(mx.min, x),
+        "maximum": over_tokens(mx.max, x),
+        "mean": over_tokens(mx.mean, x),
+        "square": over_tokens(mx.mean, x * x),
+        "hist": counts(x),
+    }
+    if centred:
+        centre = 0.5 * (reduced["minimum"] + reduced["maximum"])
+        reduced[CENTRED] = counts(x - centre[:, None])
+    return reduced
+
+
+def check_finite(sample: dict[str, Sample], where: str) -> None:
+    """Raises for NaN or infinity, naming the first layer that has it."""
+    for path, statistics in sample.items():
+        for name in ("minimum", "maximum", "mean", "square"):
+            if not np.isfinite(statistics[name]).all():
+                channel = int(np.flatnonzero(~np.isfinite(statistics[name]))[0])
+                raise UserError(
+                    f"the input of {path} is not finite at {where}, channel {channel}; check the "
+                    "checkpoint, or compute in a wider type"
+                )
+
+
+def fold(samples: Iterable[Sample]) -> Sample:
+    """One step's statistics of one input over the images, given in their order."""
+    samples = list(samples)
+
+    def mean(name: str) -> np.ndarray:
+        return np.mean([s[name] for s in samples], axis=0, dtype=np.float64).astype(np.float32)
+
+    folded = {
+        "minimum": np.min([s["minimum"] for s in samples], axis=0),
+        "maximum": np.max([s["maximum"] for s in samples], axis=0),
+        "avg_min": mean("minimum"),
+        "avg_max": mean("maximum"),
+        "mean": mean("mean"),
+        "square": mean("square"),
+        "hist": np.sum([s["hist"] for s in samples], axis=0, dtype=np.int64),
+    }
+    if CENTRED in samples[0]:
+        folded["shift"] = moving_shift(samples)
+        folded[CENTRED] = np.sum([s[CENTRED] for s in samples], axis=0, dtype=np.int64)
+    return folded
+
+
+def moving_shift(samples: Sequence[Sample]) -> np.ndarray:
+    """The moving centre of the ranges, begun with the first sample's own."""
+    shift: np.ndarray | None = None
+    for sample in samples:
+        centre = 0.5 * (sample["minimum"].astype(np.float64) + sample["maximum"])
+        if shift is None:
+            shift = centre
+        else:
+            shift = SHIFT_MOMENTUM * shift + (1 - SHIFT_MOMENTUM) * centre
+    return shift.astype(np.float32)
+
+
+def flat(statistics: dict[str, Sample]) -> dict[str, np.ndarray]:
+    """Names as in a file: `{path}__{name}`."""
+    return {f"{path}__{n}": a for path, sample in statistics.items() for n, a in sample.items()}
+
+
+def load_flat(path: Path, expect: Expected | None = None, hint: str = "") -> dict[str, Sample]:
+    """The statistics in a file, by input; only finite ones."""
+    loaded: dict[str, Sample] = {}
+    for name, array in load_npz(path, expect, finite=True, hint=hint).items():
+        layer, _, statistic = name.rpartition("__")
+        loaded.setdefault(layer, {})[statistic] = array
+    return loaded

@@ -1,0 +1,169 @@
+"""Activation track, first stage: what goes into every linear, step by step."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+from tqdm import tqdm
+
+from .calibration import activations
+from .calibration.replay import Pair, strided_pairs, transformer_inputs
+from .calibration.statistics import check_finite, collect
+from .calibration.trajectories import Trajectories, open_with_pipeline
+from .cli import command, peak_memory_bytes
+from .distributed import Ranks
+from .errors import UserError
+from .models.pipeline import Pipeline
+from .store import (
+    Manifest,
+    clear_folder,
+    folder_lock,
+    human_bytes,
+    remove_stale_temporaries,
+    require_space,
+    require_writable,
+)
+
+FOLDED = "folded"  # the unit of the files over all images
+
+
+def collect_layer_activations(
+    calib_dir: str | Path = "calibration_data",
+    *,
+    model: str | None = None,
+    num_images: int = 5,
+    stride: int = 2,
+    batch_size: int = 4,
+    force: bool = False,
+) -> Path:
+    """Fills `calib_dir`/activations and gives its path; goes on where an earlier run stopped."""
+    if batch_size < 1:
+        raise UserError(f"--batch-size must be at least 1, got {batch_size}")
+    trajectories, pipeline = open_with_pipeline(calib_dir, model)
+    pairs = strided_pairs(trajectories, num_images, stride)
+    steps = sorted({step for _, step in pairs})
+    folder, ranks = trajectories.folder / "activations", Ranks.here()
+    require_writable(folder)
+    settings = {"num_images": num_images, "stride": stride, "batch_size": batch_size}
+    with folder_lock(folder, rank=ranks.store_rank):
+        manifest = open_manifest(folder, settings, sources(trajectories), ranks, force)
+        units = [f"{image:04d}" for image in range(num_images)]
+        todo = manifest.pending(units)
+        if ranks.rank == 0:
+            announce(folder, pipeline, len(todo), len(steps), num_images)
+        mine = todo[ranks.rank :: ranks.size]
+        for unit in tqdm(mine, desc="activations", unit="image", disable=not mine):
+            own = [pair for pair in pairs if pair[0] == int(unit)]
+            names = collect_image(folder, trajectories, pipeline, own, batch_size)
+            manifest.mark(unit, names)
+        ranks.barrier()
+        if ranks.rank == 0:
+            finish(folder, manifest, units, trajectories, pipeline, steps)
+    return folder
+
+
+def open_manifest(
+    folder: Path, settings: dict[str, Any], made_from: dict[str, Any], ranks: Ranks, force: bool
+) -> Manifest:
+    if ranks.rank == 0:
+        if force:
+            clear_folder(folder, activations.FORMAT)
+            activations.remove_leftovers(folder)
+        remove_stale_temporaries(folder)
+    ranks.barrier()
+    return Manifest.open(
+        folder,
+        format=activations.FORMAT,
+        version=activations.VERSION,
+        settings=settings,
+        made_from=made_from,
+        rank=ranks.store_rank,
+    )
+
+
+def sources(trajectories: Trajectories) -> dict[str, Any]:
+    """What the statistics are made from."""
+    return {
+        "model": trajectories.made_from["model"],
+        "model_hash": trajectories.made_from["model_hash"],
+        "calibration_hash": trajectories.hash,
+    }
+
+
+def announce(folder: Path, pipeline: Pipeline, todo: int, steps: int, images: int) -> None:
+    """Says what the work will take, and refuses it where the disk is too small."""
+    one = activations.sample_bytes(pipeline.transformer) * steps
+    needed = (todo + 1) * one  # and once more for the statistics over all images
+    click.echo(
+        f"{todo} of {images} images to replay, {steps} steps each: "
+        f"about {human_bytes(needed)} in {folder}"
+    )
+    require_space(folder, needed, "the activation statistics")
+
+
+def collect_image(
+    folder: Path, trajectories: Trajectories, pipeline: Pipeline, pairs: list[Pair], batch: int
+) -> list[str]:
+    """Replays the steps of one image; the names of the files written."""
+    names = []
+    for start in range(0, len(pairs), batch):
+        here = pairs[start : start + batch]
+        inputs = transformer_inputs(trajectories, here, pipeline.dtype)
+        found = collect(pipeline.transformer, inputs, len(here))
+        for (image, step), sample in zip(here, found, strict=True):
+            check_finite(sample, f"step {step} of image {image}")
+            activations.save_sample(folder, image, step, sample)
+            names.append(activations.sample_name(image, step))
+    return names
+
+
+def finish(
+    folder: Path,
+    manifest: Manifest,
+    units: list[str],
+    trajectories: Trajectories,
+    pipeline: Pipeline,
+    steps: list[int],
+) -> None:
+    """Folds the images, in their order, and writes what is about all of them."""
+    manifest.merge_ranks()
+    if not manifest.done(FOLDED):
+        images = [int(unit) for unit in units]
+        names = [name for step in steps for name in activations.fold_step(folder, images, step)]
+        sigmas = {step: trajectories.sigmas[step] for step in steps}
+        names.append(
+            activations.write_statistics(
+                folder, pipeline.transformer, sources(trajectories), sigmas, len(images)
+            )
+        )
+        manifest.mark(FOLDED, names)
+    manifest.finish([*units, FOLDED])
+
+
+@command()
+@click.option("--calib-dir", default="calibration_data", help="Folder of stage 1.")
+@click.option("--model", help="Name or folder.  [default: the model that made the folder]")
+@click.option("--num-images", default=5, help="Images to replay.")
+@click.option("--stride", default=2, help="Every which step of each.")
+@click.option("--batch-size", default=4, help="Steps replayed together.")
+@click.option(
+    "--force", is_flag=True, help="Start afresh in a folder that holds other work.  [off]"
+)
+def main(**settings: Any) -> None:
+    """Activation track: record what goes into every linear, step by step.
+
+    \b
+    Example:
+      python -m src.collect_layer_activations --num-images 5 --stride 2
+    """
+    start = time.perf_counter()
+    folder = collect_layer_activations(**settings)
+    seconds, peak = time.perf_counter() - start, human_bytes(peak_memory_bytes())
+    click.echo(f"activation statistics are in {folder}, {seconds:.1f} s, peak {peak}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The weight track: the model's blocks, their cached inputs and the methods of rounding, joined."""

@@ -1,0 +1,225 @@
+"""What a run of the weight track is to do: checked before any long work, and estimated."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..calibration.block_cache import BlockCache
+from ..cli import memory_bytes
+from ..errors import UserError
+from ..models.load import load_pipeline
+from ..models.paths import BLOCKS
+from ..models.pipeline import Pipeline
+from ..quant.artifacts import QuantConfig
+from ..quant.block_rounding import METHODS, RoundingSettings
+from ..quant.grid import GROUP_SIZES, check_bits, grouped
+from ..quant.learning import Learning
+from ..store import hash_file, human_bytes, require_match
+from .blocks import block_paths, full_path
+
+PREFIXES = ("fp", "quantized")
+# Of Adam: found on nano, where a block's loss is 1 at the start. AdaRound's is constant and has to
+# bring every α from the middle to an end; the other's, in steps of the grid, falls to 0.
+RATES = {"adaround": 5e-2, "ste": 1e-2}
+# Float32 copies of a block's weights at once: master, base, state, two moments, weight, gradient.
+WEIGHT_COPIES = 9
+# Float32 values of the hidden size that one token of a minibatch leaves for the gradient.
+ACTIVATIONS_PER_TOKEN = 60
+ATTENTION_COPIES = 4  # of (heads, tokens, tokens) for each row
+
+
+@dataclass(frozen=True)
+class Options:
+    """The command's options, by the same names."""
+
+    bits_w: int = 4
+    bits_a: int = 8
+    iters: int = 1000
+    method: str = "ste"
+    group_size: int = 0
+    batch_size: int = 8
+    lr: float | None = None  # None: the method's own, see RATES
+    warmup: float = 0.2
+    b_range: tuple[float, float] = (20.0, 2.0)
+    reg: float = 0.01
+    prefix: str = "fp"
+    blocks: str | None = None
+    quant_config: str | Path | None = None
+    seed: int = 0
+
+    def check(self) -> None:
+        """Raises for a value that is not possible, whatever the model."""
+        check_bits(self.bits_w, "--bits-w")
+        check_bits(self.bits_a, "--bits-a")
+        for name, value, valid in (
+            ("method", self.method, METHODS),
+            ("group-size", self.group_size, GROUP_SIZES),
+            ("prefix", self.prefix, PREFIXES),
+        ):
+            if value not in valid:
+                raise UserError(f"--{name} {value} is unknown; valid: {', '.join(map(str, valid))}")
+        for name, value, least in (
+            ("iters", self.iters, 0),
+            ("batch-size", self.batch_size, 1),
+            ("seed", self.seed, 0),
+        ):
+            if value < least:
+                raise UserError(f"--{name} must be at least {least}, got {value}")
+        if self.lr is not None and not self.lr > 0:
+            raise UserError(f"--lr must be above 0, got {self.lr}")
+        if not 0 <= self.warmup < 1:
+            raise UserError(f"--warmup must be from 0 to below 1, got {self.warmup}")
+        if not self.reg >= 0:
+            raise UserError(f"--reg must be at least 0, got {self.reg}")
+        if not self.b_range[0] >= self.b_range[1] > 1:
+            raise UserError(
+                f"--b-range must fall and end above 1, got {self.b_range[0]} {self.b_range[1]}"
+            )
+
+    def rounding(self) -> RoundingSettings:
+        """What decides the codes of a block."""
+        learning = Learning(
+            iters=self.iters,
+            batch_size=self.batch_size,
+            lr=self.lr or RATES.get(self.method, RATES["ste"]),
+            warmup=self.warmup,
+            b_range=tuple(self.b_range),
+            reg=self.reg,
+            seed=self.seed,
+        )
+        return RoundingSettings(self.method, self.bits_w, self.bits_a, self.group_size, learning)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What decides every byte of the output folder."""
+
+    folder: Path
+    pipeline: Pipeline
+    cache: BlockCache
+    options: Options
+    blocks: list[int]
+    config: QuantConfig | None
+
+    def settings(self) -> dict[str, Any]:
+        """Blocks are not among them, unless what is rounded depends on them."""
+        chosen = dataclasses.asdict(self.options)
+        del chosen["quant_config"], chosen["blocks"]
+        if self.options.prefix == "quantized":
+            chosen["blocks"] = self.blocks
+        return chosen
+
+    def made_from(self) -> dict[str, Any]:
+        hashes = {
+            "model": self.pipeline.name,
+            "model_hash": self.pipeline.hash,
+            "cache_hash": self.cache.hash,
+        }
+        if self.config is not None:
+            hashes["quant_config_hash"] = hash_file(self.options.quant_config)
+            hashes["smoothing_hash"] = self.config.smoothing_hash
+        return hashes
+
+
+def make_plan(cache_dir: Path, folder: Path, model: str | None, options: Options) -> Plan:
+    """Refuses what cannot be done, before anything is written."""
+    options.check()
+    cache = BlockCache.open(cache_dir)
+    pipeline = load_pipeline(model or cache.made_from["model"])
+    cache = BlockCache.open(cache_dir, pipeline)
+    depth = len(pipeline.transformer[BLOCKS])
+    blocks = parse_blocks(options.blocks, depth)
+    for index in blocks:
+        check_groups(pipeline, index, options.group_size)
+    config = None
+    if options.quant_config is not None:
+        config = open_config(Path(options.quant_config), pipeline, blocks)
+    return Plan(folder, pipeline, cache, options, blocks, config)
+
+
+def parse_blocks(text: str | None, depth: int) -> list[int]:
+    """Block numbers of "0-3,7"; all of them if nothing is given."""
+    if text is None:
+        return list(range(depth))
+    found: set[int] = set()
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if first > last or last >= depth:
+            raise UserError(
+                f"--blocks {text} is not possible: {part.strip()!r} names no block; "
+                f"valid: numbers and ranges from 0 to {depth - 1}, such as 0-{depth - 1}"
+            )
+        found.update(range(first, last + 1))
+    return sorted(found)
+
+
+def check_groups(pipeline: Pipeline, index: int, group_size: int) -> None:
+    for path, linear in block_paths(pipeline.transformer, index).items():
+        try:
+            grouped(linear.weight, group_size)
+        except UserError as error:
+            raise UserError(f"{error} of {full_path(index, path)}") from None
+
+
+def open_config(path: Path, pipeline: Pipeline, blocks: list[int]) -> QuantConfig:
+    """The activation track's file, which must be of this model and name every layer."""
+    config = QuantConfig.load(path)
+    wanted = {**config.made_from, "model": pipeline.name, "model_hash": pipeline.hash}
+    require_match(path, config.made_from, wanted, "make it again for this model")
+    for index in blocks:
+        for name, linear in block_paths(pipeline.transformer, index).items():
+            full, columns = full_path(index, name), linear.weight.shape[1]
+            if full not in config.layers:
+                raise UserError(f"{path} has no layer {full}; make it again for this model")
+            for kind in ("shift", "smoothing"):
+                vector = getattr(config.layers[full], kind)
+                if vector is not None and vector.shape != (columns,):
+                    raise UserError(
+                        f"{path}: {kind} of {full} has {len(vector)} channels, the layer has "
+                        f"{columns}; make it again for this model"
+                    )
+    return config
+
+
+def disk_bytes(plan: Plan) -> int:
+    """Of all chosen blocks: one byte a code, and the scales."""
+    total = 0
+    for index in plan.blocks:
+        for linear in block_paths(plan.pipeline.transformer, index).values():
+            rows, columns = linear.weight.shape
+            groups = columns // (plan.options.group_size or columns)
+            total += rows * (columns + 4 * groups + 4) + 4 * columns
+    return total
+
+
+def memory_bytes_needed(plan: Plan) -> int:
+    """At once, roughly: one block's data, its float32 copies and a minibatch's activations."""
+    config, metadata = plan.pipeline.transformer.config, plan.cache.metadata
+    rows, tokens = metadata["rows"] * len(plan.cache.pairs), sum(metadata["tokens"])
+    size = 4 if plan.cache.settings["dtype"] in ("float32", "bfloat16") else 2
+    data = 2 * rows * tokens * config.hidden * size
+    weights = sum(
+        linear.weight.size for linear in block_paths(plan.pipeline.transformer, 0).values()
+    )
+    batch = min(plan.options.batch_size, rows)
+    per_row = tokens * config.hidden * ACTIVATIONS_PER_TOKEN
+    per_row += config.heads * tokens**2 * ATTENTION_COPIES
+    streams = 2 if plan.options.prefix == "quantized" or plan.cache.entry_only else 1
+    return streams * data + 4 * (WEIGHT_COPIES * weights + batch * per_row)
+
+
+def require_memory(plan: Plan) -> int:
+    """The estimate in bytes; more than the machine has is an error."""
+    needed, available = memory_bytes_needed(plan), memory_bytes()
+    if needed > available:
+        raise UserError(
+            f"rounding needs about {human_bytes(needed)} of memory, there are "
+            f"{human_bytes(available)}; lower --batch-size {plan.options.batch_size}, or cache "
+            "fewer samples"
+        )
+    return needed

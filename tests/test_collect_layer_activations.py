@@ -1,0 +1,200 @@
+"""The first stage of the activation track: what it writes, how it goes on, what it refuses."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from src.calibration.activations import ActivationStatistics
+from src.collect_layer_activations import collect_layer_activations
+from src.errors import UserError
+from src.generate_calibration_data import generate_calibration_data
+from src.models.load import load_pipeline
+from src.models.paths import block_linears
+from src.store import load_npz, read_json, read_manifest, save_npz
+
+import numpy as np
+import pytest
+
+from .helpers import ROOT, assert_one_error_line, run
+
+STAGE = "src.collect_layer_activations"
+SMALL = {"num_images": 3, "stride": 2, "batch_size": 2}
+ARGUMENTS = ["--num-images", "3", "--stride", "2", "--batch-size", "2"]
+STEPS = [0, 2, 4]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {
+        str(p.relative_to(folder)): p.read_bytes()
+        for p in sorted(folder.rglob("*"))
+        if p.is_file() and not p.name.startswith(".lock")
+    }
+
+
+@pytest.fixture(scope="module")
+def calibration(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("calibration")
+    return generate_calibration_data(
+        calib_dir=folder, model="tiny", num_images=3, num_steps=5, batch_size=3
+    )
+
+
+@pytest.fixture(scope="module")
+def undisturbed(calibration) -> Path:
+    return collect_layer_activations(calibration, **SMALL)
+
+
+@pytest.fixture
+def copy(undisturbed, tmp_path) -> Path:
+    """A copy of the calibration folder, activations included."""
+    shutil.copytree(undisturbed.parent, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def test_writes_exactly_the_promised_files(undisturbed):
+    wanted = {"manifest.json", "layer_statistics.json"}
+    wanted |= {f"images/{i:04d}_{s:03d}.npz" for i in range(3) for s in STEPS}
+    wanted |= {f"timestep_stats/step_{s}.npz" for s in STEPS}
+    wanted |= {f"timestep_stats/step_{s}_index.json" for s in STEPS}
+    assert set(contents(undisturbed)) == wanted
+    read_manifest(undisturbed, "ditq-activations", 1, verify=True)
+
+
+def test_every_linear_has_its_statistics_at_every_step(undisturbed):
+    head = read_json(undisturbed / "layer_statistics.json")
+    calibration = read_manifest(undisturbed.parent, "ditq-calibration", 1)
+    sigmas = calibration["settings"]["schedule"]["sigmas"]
+    assert head["step_keys"] == STEPS
+    assert head["sigma_map"] == {str(s): sigmas[s] for s in STEPS}
+    linears = block_linears(load_pipeline("tiny").transformer)
+    assert set(head["layers"]) == set(linears)
+    for step in STEPS:
+        arrays = load_npz(undisturbed / f"timestep_stats/step_{step}.npz", finite=True)
+        index = read_json(undisturbed / f"timestep_stats/step_{step}_index.json")["layers"]
+        for path, linear in linears.items():
+            layer = head["layers"][path]
+            assert layer["channels"] == linear.weight.shape[1]
+            for name in ("avg_min", "avg_max", "mean", "square"):
+                assert arrays[f"{layer['input']}__{name}"].shape == (layer["channels"],)
+            assert layer["post_gelu"] == (f"{layer['input']}__shift" in arrays)
+            numbers = index[layer["input"]]
+            assert numbers["hist_p50"] <= numbers["hist_p99"] <= numbers["hist_p999"]
+            assert numbers["hist_p999"] <= numbers["hist_p100"] == numbers["tensor_absmax"]
+
+
+def test_statistics_read_back_as_written(undisturbed):
+    read = ActivationStatistics.open(undisturbed)
+    assert read.step_keys == STEPS and len(read.layers) == 21
+    path = "multimodal_transformer_blocks.0.image_transformer_block.mlp.fc2"
+    arrays = load_npz(undisturbed / "timestep_stats/step_2.npz")
+    assert np.array_equal(read.inputs[path].shift[1], arrays[f"{path}__shift"])
+    assert (read.inputs[path].absmax >= np.abs(read.inputs[path].mean)).all()
+
+
+def test_a_lost_file_is_made_again_and_finished_work_is_left_alone(copy, undisturbed):
+    before = {p: p.stat().st_mtime_ns for p in copy.rglob("*.npz")}
+    collect_layer_activations(copy, **SMALL)
+    assert {p: p.stat().st_mtime_ns for p in copy.rglob("*.npz")} == before
+    (copy / "activations/images/0001_002.npz").unlink()
+    (copy / "activations/timestep_stats/step_2.npz").write_bytes(b"cut")
+    collect_layer_activations(copy, **SMALL)
+    assert contents(copy / "activations") == contents(undisturbed)
+
+
+def test_other_settings_need_force(copy):
+    with pytest.raises(UserError, match="num_images.*3.*2|num_images.*2.*3"):
+        collect_layer_activations(copy, **{**SMALL, "num_images": 2})
+    collect_layer_activations(copy, **{**SMALL, "num_images": 2}, force=True)
+    assert len(list((copy / "activations/images").iterdir())) == 2 * len(STEPS)
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_the_same_command_ends_with_the_same_bytes(undisturbed, tmp_path):
+    shutil.copytree(
+        undisturbed.parent, tmp_path / "copy", ignore=shutil.ignore_patterns("activations")
+    )
+    folder, rng, cut_short = tmp_path / "copy/activations", random.Random(0), 0
+    command = [sys.executable, "-m", STAGE, *ARGUMENTS, "--calib-dir", str(folder.parent)]
+    quiet = {"cwd": ROOT, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    begun = time.monotonic()
+    assert subprocess.run(command, **quiet).returncode == 0
+    whole = time.monotonic() - begun
+    shutil.rmtree(folder)
+    for _ in range(8):
+        process = subprocess.Popen(command, **quiet)
+        time.sleep(whole * rng.uniform(0.4, 1.0))
+        os.kill(process.pid, signal.SIGKILL)
+        cut_short += process.wait() != 0
+        if (folder / "manifest.json").exists():
+            shutil.rmtree(folder)
+    assert cut_short >= 4
+    assert subprocess.run(command, **quiet).returncode == 0
+    assert contents(folder) == contents(undisturbed)
+
+
+@pytest.mark.slow
+def test_ranks_make_the_same_folder_as_one_process(undisturbed, tmp_path):
+    shutil.copytree(
+        undisturbed.parent, tmp_path / "copy", ignore=shutil.ignore_patterns("activations")
+    )
+    launcher = Path(sys.executable).parent / "mlx.launch"
+    stage = [sys.executable, "-m", STAGE, *ARGUMENTS, "--calib-dir", str(tmp_path / "copy")]
+    result = subprocess.run(
+        [launcher, "-n", "2", "--", *stage], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert contents(tmp_path / "copy/activations") == contents(undisturbed)
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (["--num-images", "4"], ["--num-images 4", "1 to 3"]),
+        (["--num-images", "0"], ["--num-images 0"]),
+        (["--num-images", "3", "--stride", "6"], ["--stride 6", "1 to 5"]),
+        (["--batch-size", "0"], ["--batch-size", "0"]),
+        (["--model", "tiny-3.5-large"], ["tiny-3.5-large", "tiny"]),
+        (["--calib-dir", "absent"], ["absent", "generate_calibration_data"]),
+    ],
+)
+def test_a_mistake_is_one_error_line(options, words, calibration, tmp_path):
+    folder = [] if "--calib-dir" in options else ["--calib-dir", str(calibration)]
+    before = contents(calibration)
+    assert_one_error_line(run(STAGE, *folder, *options, cwd=tmp_path), *words)
+    assert contents(calibration) == before
+
+
+def test_a_sample_with_nan_is_named(copy):
+    path = copy / "samples/0001_002.npz"
+    arrays = load_npz(path)
+    arrays["x"][0, 0, 0] = np.nan
+    save_npz(path, **arrays)
+    with pytest.raises(UserError, match="0001_002.npz.*nan"):
+        collect_layer_activations(copy, **SMALL, force=True)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "nan", "missing", "other"])
+def test_damaged_statistics_are_refused_with_their_name(copy, damage):
+    folder = copy / "activations"
+    path = folder / "timestep_stats/step_2.npz"
+    arrays = load_npz(path)
+    if damage == "truncated":
+        path.write_bytes(path.read_bytes()[:-100])
+    elif damage == "missing":
+        path.unlink()
+    elif damage == "nan":
+        name = next(n for n in arrays if n.endswith("__mean"))
+        arrays[name] = np.full_like(arrays[name], np.nan)
+        save_npz(path, **arrays)
+    else:
+        del arrays[next(iter(arrays))]
+        save_npz(path, **arrays)
+    with pytest.raises(UserError, match="step_2.npz"):
+        ActivationStatistics.open(folder)
