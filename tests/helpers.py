@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from src.models.synthetic import randomize
 
 import mlx.core as mx
 import numpy as np
+from click.testing import CliRunner
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -53,6 +55,19 @@ def run(*arguments: str, cwd: Path = ROOT, **environment: str) -> subprocess.Com
         text=True,
         timeout=300,
     )
+
+
+def run_here(module: str, *arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+    """The same command in this process: what it prints and its exit code, without a new Python."""
+    command, before = importlib.import_module(module).main, os.getcwd()
+    os.chdir(cwd)
+    try:
+        result = CliRunner().invoke(command, arguments, prog_name=f"python -m {module}")
+    finally:
+        os.chdir(before)
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return subprocess.CompletedProcess(arguments, result.exit_code, result.stdout, result.stderr)
 
 
 def assert_one_error_line(result: subprocess.CompletedProcess, *words: str) -> None:

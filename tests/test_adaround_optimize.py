@@ -28,7 +28,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from .helpers import ROOT, assert_one_error_line, run
+from .helpers import ROOT, assert_one_error_line, run_here
 
 STAGE = "src.adaround_optimize"
 SMALL = {"iters": 16, "batch_size": 4}
@@ -290,7 +290,7 @@ def test_ranks_make_the_same_files_as_one_process(cache, rounded, tmp_path):
 )
 def test_a_mistake_is_one_error_line_and_changes_nothing(cache, options, words, tmp_path):
     where = [] if "--cache-dir" in options else ["--cache-dir", str(cache)]
-    result = run(STAGE, *ARGUMENTS, *where, "--output-dir", "o", *options, cwd=tmp_path)
+    result = run_here(STAGE, *ARGUMENTS, *where, "--output-dir", "o", *options, cwd=tmp_path)
     assert_one_error_line(result, *words)
     assert contents(tmp_path) == {}
 

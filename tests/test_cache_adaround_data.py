@@ -28,7 +28,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from .helpers import ROOT, assert_one_error_line, random_inputs, random_model, run
+from .helpers import ROOT, assert_one_error_line, random_inputs, random_model, run_here
 
 STAGE = "src.cache_adaround_data"
 SMALL = {"num_images": 2, "stride": 2, "batch_size": 3}
@@ -179,7 +179,7 @@ def test_too_small_a_disk_is_refused_with_the_way_out(calibration, tmp_path, mon
 )
 def test_a_mistake_is_one_error_line_and_changes_nothing(calibration, options, words, tmp_path):
     where = [] if "--calib-dir" in options else ["--calib-dir", str(calibration)]
-    result = run(STAGE, *ARGUMENTS, *where, "--output-dir", "cache", *options, cwd=tmp_path)
+    result = run_here(STAGE, *ARGUMENTS, *where, "--output-dir", "cache", *options, cwd=tmp_path)
     assert_one_error_line(result, *words)
     assert contents(tmp_path) == {}
 

@@ -13,7 +13,7 @@ from src.cli import COMMANDS
 
 import pytest
 
-from .helpers import ROOT, assert_one_error_line, run
+from .helpers import ROOT, assert_one_error_line, run, run_here
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux has the slow BLAS")
 
@@ -58,11 +58,11 @@ def test_a_missing_library_is_no_reason_to_stop():
 
 
 def test_group_lists_every_command_and_each_shows_purpose_example_and_defaults():
-    listed = run("src.cli", "--help")
+    listed = run_here("src.cli", "--help")
     assert listed.returncode == 0, listed.stderr
     for name, module in COMMANDS.items():
         assert name in listed.stdout
-        page = run(f"src.{module}", "--help").stdout
+        page = run_here(f"src.{module}", "--help").stdout
         assert "Example:" in page
         # One entry an option, from its name to the next one's.
         entries = re.split(r"\n  (?=-)", page.split("Options:")[1])[1:]

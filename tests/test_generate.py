@@ -17,7 +17,7 @@ import pytest
 from mlx.utils import tree_flatten
 from PIL import Image
 
-from .helpers import ROOT, assert_one_error_line, run
+from .helpers import ROOT, assert_one_error_line, run, run_here
 
 PROMPT = "a large red star in the center on a night background"
 OTHER = "a small blue ring at the top on a night background"
@@ -116,14 +116,12 @@ def pipeline_folder(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
-def generate_process(folder: Path, *options: str, prompt: str = PROMPT, **environment: str):
-    return run(
-        "src.generate", "--model", "tiny", "--prompt", prompt, *options, cwd=folder, **environment
-    )
+def arguments(*options: str, prompt: str = PROMPT) -> list[str]:
+    return ["src.generate", "--model", "tiny", "--prompt", prompt, *options]
 
 
 def test_command_ends_with_one_line_about_what_was_made(tmp_path):
-    result = generate_process(tmp_path, "--output", "x.png", "--steps", "2")
+    result = run(*arguments("--output", "x.png", "--steps", "2"), cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("wrote x.png in ") and "peak" in result.stdout
     assert len(result.stdout.splitlines()) == 1
@@ -152,22 +150,23 @@ def test_command_ends_with_one_line_about_what_was_made(tmp_path):
     ],
 )
 def test_a_mistake_is_one_error_line_and_nothing_is_written(options, words, tmp_path):
-    result = generate_process(tmp_path, *options)
+    result = run_here(*arguments(*options), cwd=tmp_path)
     assert_one_error_line(result, *words)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_unknown_word_and_foreign_checkpoint(tmp_path):
-    assert_one_error_line(generate_process(tmp_path, prompt="a photo of a cat"), "'photo'")
+    result = run_here(*arguments(prompt="a photo of a cat"), cwd=tmp_path)
+    assert_one_error_line(result, "'photo'")
     foreign = tmp_path / "flux.safetensors"
     save_tensors(foreign, {"double_blocks.0.img_attn.qkv.weight": mx.zeros((6, 2))})
-    result = generate_process(tmp_path, "--model", str(foreign))
+    result = run_here(*arguments("--model", str(foreign)), cwd=tmp_path)
     assert_one_error_line(result, str(foreign), "not an SD3")
     assert [p.name for p in tmp_path.iterdir()] == ["flux.safetensors"]
 
 
 def test_debug_shows_the_traceback(tmp_path):
-    result = generate_process(tmp_path, "--steps", "0", DITQ_DEBUG="1")
+    result = run(*arguments("--steps", "0"), cwd=tmp_path, DITQ_DEBUG="1")
     assert result.returncode == 1 and "Traceback" in result.stderr
 
 

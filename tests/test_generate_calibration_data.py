@@ -25,7 +25,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from .helpers import ROOT, assert_one_error_line, run
+from .helpers import ROOT, assert_one_error_line, run, run_here
 
 SMALL = {"model": "tiny", "num_images": 3, "num_steps": 4, "batch_size": 2}
 ARGUMENTS = ["--model", "tiny", "--num-images", "3", "--num-steps", "4", "--batch-size", "2"]
@@ -194,7 +194,7 @@ def test_a_mistake_is_one_error_line_and_changes_nothing(options, words, tmp_pat
     (tmp_path / "photo.txt").write_text("a photo of a cat\n")
     before = contents(tmp_path)
     folder = [] if "--calib-dir" in options else ["--calib-dir", "calibration"]
-    result = run(STAGE, *ARGUMENTS, *folder, *options, cwd=tmp_path)
+    result = run_here(STAGE, *ARGUMENTS, *folder, *options, cwd=tmp_path)
     assert_one_error_line(result, *words)
     assert contents(tmp_path) == before
 
