@@ -200,8 +200,8 @@ def test_ranges_of_post_gelu_inputs_are_those_after_the_shift(stats):
 
 
 def test_spread_pairs_cover_the_schedule_and_the_images():
-    assert spread_pairs(2, [0, 2, 4, 6], 4) == [(0, 0), (1, 2), (0, 4), (1, 6)]
-    assert spread_pairs(5, [0, 2, 4, 6], 1) == [(0, 4)]
+    assert spread_pairs(2, [0, 2, 4, 6], 4) == [(1, 0), (0, 2), (1, 4), (0, 6)]
+    assert spread_pairs(5, [0, 2, 4, 6], 1) == [(4, 4)]
     assert len(spread_pairs(1, [0], 3)) == 3
 
 

@@ -16,8 +16,14 @@ def rows(rng, channels, wide=(), factor=60.0, bits=8):
     return [smooth.Rows(x[:48], bits), smooth.Rows(x[48:], bits)]
 
 
+def reader(samples, weight, shift=None):
+    offset = 0.0 if shift is None else shift
+    widths = np.max([np.abs(sample.x - offset).max(axis=0) for sample in samples], axis=0)
+    return smooth.Reader(samples, weight, widths, shift)
+
+
 def search(samples, weight, shift=None):
-    return smooth.search([smooth.Reader(samples, weight, shift)])
+    return smooth.search([reader(samples, weight, shift)])
 
 
 @given(
@@ -88,8 +94,8 @@ def test_inputs_that_hang_together_share_their_factors():
     weights = [rng.standard_normal((24, 24)).astype(np.float32) for _ in range(2)]
     weights[0][:, 2] *= 0.02
     readers = [
-        smooth.Reader(rows(rng, 24, wide=[2]), weights[0]),
-        smooth.Reader(rows(rng, 24), weights[1]),
+        reader(rows(rng, 24, wide=[2]), weights[0]),
+        reader(rows(rng, 24), weights[1]),
     ]
     found = smooth.search(readers)
     assert found.strength > 0 and found.error < found.error_without

@@ -261,7 +261,7 @@ def test_long_tailed_gelu_inputs_have_less_error_with_two_regions_than_with_a_sh
     shift = np.array([(x.min() + x.max()) / 2])
     centred = (np.abs(x - shift), weights)
     one = plan.scale_table([centred], np.array([centred[0].max()]), ALL, shift)
-    two = plan.two_region_table([(np.abs(x), weights)], np.array([x.max()]), ALL, lowest)
+    two = plan.two_region_table([(np.abs(x), weights)], np.array([x.max()]), ALL, None, lowest)
     assert two.regions.sides == 1 and two.level() < one.level()
     for tier, scale in zip(ALL, two.scale[0], strict=True):
         layer = LayerConfig([tier], [scale], coarse=two.regions.coarse)

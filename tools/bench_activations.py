@@ -133,14 +133,16 @@ def rungs(bench: Bench, paths: Iterable[str]) -> dict[str, tuple[Callable[[int],
 
         return make
 
-    smoothed = bench.plan("post-gelu")
-    smoothed.search_smoothing([path for path in paths if not path.endswith("fc2")])
+    smoothed, both = bench.plan("post-gelu"), bench.plan("all")
+    for plan in (smoothed, both):
+        plan.search_smoothing([path for path in paths if not path.endswith("fc2")])
     plans = {
         "+ clip search": bench.plan("none"),
         "+ two regions behind GELU": bench.plan("post-gelu"),
         "+ the same, 3 segments": bench.plan("post-gelu", 3),
         "+ searched smoothing, all but fc2": smoothed,
         "two regions everywhere": bench.plan("all"),
+        "two regions everywhere, smoothing": both,
     }
     ladder = {
         "one absmax scale": (simple(one_scale), static_quantizer),
@@ -165,9 +167,8 @@ def ladder_table(bench: Bench, paths: list[str], bits: tuple[int, ...]) -> dict[
 
 
 def cells(row: dict) -> str:
-    return " | ".join(
-        f"{v['dB']:.1f} ({v['interval'][0]:.1f} to {v['interval'][1]:.1f})" for v in row.values()
-    )
+    found = ((value["dB"], *value["interval"]) for value in row.values())
+    return " | ".join(f"{mean:.1f} ({low:.1f} to {high:.1f})" for mean, low, high in found)
 
 
 def policies(bench: Bench, two_regions: str) -> dict[str, dict]:

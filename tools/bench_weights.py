@@ -1,6 +1,6 @@
 """The weight track's ladder on nano: what every rung gives the whole model, and its seconds.
 
-    python tools/bench_weights.py --captions 64 --iters 1000
+    python -m tools.bench_weights --captions 64 --iters 1000
 
 Each rung rounds all blocks from the same cache; then the rounded model is asked for its guided
 velocity along the 16-bit model's own trajectories of captions that calibration never saw
@@ -10,15 +10,10 @@ docs/benchmarks/weights.json and weights.md.
 
 from __future__ import annotations
 
-import sys
 import tempfile
 import time
 from pathlib import Path
 
-import click
-import numpy as np
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from src.adaround_optimize import adaround_optimize
 from src.cache_adaround_data import cache_adaround_data
 from src.generate_calibration_data import generate_calibration_data
@@ -27,6 +22,9 @@ from src.models.load import load_pipeline
 from src.models.prompts import load_prompts
 from src.quant.block_rounding import METHODS
 from src.weight_track.apply import rounded_weights
+
+import click
+import numpy as np
 
 from tools.bench_common import machine, write_report
 

@@ -81,34 +81,39 @@ class Plan:
         search = self.smoothing.get(found.path)
         factors = search.smoothing if search else None
         largest = largest_values(found.minimum, found.maximum, shift, factors)
-        if factors is not None:
-            points = self.smoothed_points(found.path, largest, shift, factors)
-            return scale_table(points, largest, self.tiers, shift, factors)
-        raw = [histogram.points(step) for step in found.hist]
-        centred = raw if shift is None else [histogram.points(s) for s in found.hist_centred]
-        table = scale_table(centred, largest, self.tiers, shift)
+        points = self.points(found, largest, shift, factors)
+        table = scale_table(points, largest, self.tiers, shift, factors)
         if self.two_regions == "none" or (shift is None and self.two_regions != "all"):
             return table
-        lowest = None if shift is None else found.minimum.min(axis=1)
-        absmax = found.absmax.max(axis=1)
-        return min(table, two_region_table(raw, absmax, self.tiers, lowest), key=ScaleTable.level)
+        largest = largest_values(found.minimum, found.maximum, None, factors)
+        points = self.points(found, largest, None, factors)
+        lowest = None if shift is None else scaled_by(found.minimum, factors).min(axis=1)
+        two = two_region_table(points, largest, self.tiers, factors, lowest)
+        return min(table, two, key=ScaleTable.level)
 
-    def smoothed_points(
-        self, path: str, largest: np.ndarray, shift: np.ndarray | None, factors: np.ndarray
+    def points(
+        self,
+        found: InputStatistics,
+        largest: np.ndarray,
+        shift: np.ndarray | None,
+        factors: np.ndarray | None,
     ) -> list[Points]:
-        """Distributions after smoothing, from the sampled rows: those of the nearest stored step,
-        stretched to the range that the step is known to have."""
-        keys = np.array(self.statistics.step_keys)
+        """Each step's distribution of |x - shift| / factors.
+
+        After smoothing it is that of the sampled rows of the nearest stored step, stretched to the
+        range that the step is known to have; an error there counts as what it is in the input.
+        """
+        if factors is None:
+            counts = found.hist if shift is None else found.hist_centred
+            return [histogram.points(step) for step in counts]
         stored = np.array([step for _, step in self.samples.pairs])
-        values = []
-        for x in self.rows[path]:
-            scaled = np.abs((x if shift is None else x - shift) / factors).reshape(-1)
-            values.append(scaled / max(scaled.max(), 1e-30))
-        nearest = [int(np.abs(stored - key).argmin()) for key in keys]
-        return [
-            (values[i] * top, np.ones(len(values[i])))
-            for i, top in zip(nearest, largest, strict=True)
-        ]
+        shapes = []
+        for x in self.rows[found.path]:
+            scaled = np.abs((x if shift is None else x - shift) / factors)
+            weights = np.broadcast_to(np.square(factors), scaled.shape)
+            shapes.append((scaled.reshape(-1) / max(scaled.max(), 1e-30), weights.reshape(-1)))
+        nearest = [shapes[int(np.abs(stored - key).argmin())] for key in self.statistics.step_keys]
+        return [(shape * top, w) for (shape, w), top in zip(nearest, largest, strict=True)]
 
     def by_thresholds(self) -> Bits:
         """The published rule's tiers, with the smoothing that was decided."""
@@ -158,7 +163,11 @@ class Plan:
         ]
         weights = [module_at(self.model, name).weight for name in self.readers[path]]
         stacked = np.concatenate([np.array(w.astype(mx.float32)) for w in weights])
-        return smooth.Reader(rows, stacked, one_shift(self.statistics.inputs[path].shift))
+        found = self.statistics.inputs[path]
+        shift = one_shift(found.shift)
+        offset = 0.0 if shift is None else shift
+        widths = np.maximum(offset - found.minimum, found.maximum - offset).max(axis=0)
+        return smooth.Reader(rows, stacked, widths, shift)
 
     def layers(self, bits: Bits) -> dict[str, LayerConfig]:
         """Every linear's configuration at these tiers."""
@@ -242,6 +251,10 @@ class Plan:
         statistics = self.statistics
         layers = self.layers(bits)
         return QuantConfig(made_from, statistics.step_keys, statistics.sigmas, layers)
+
+
+def scaled_by(values: np.ndarray, factors: np.ndarray | None) -> np.ndarray:
+    return values if factors is None else values / factors
 
 
 def input_ranges(found: InputStatistics) -> list[Range]:

@@ -21,9 +21,14 @@ Velocity = Callable[[mx.array, mx.array, mx.array, mx.array], mx.array]
 
 
 def spread_pairs(num_images: int, steps: Sequence[int], samples: int) -> list[Pair]:
-    """Steps spread evenly over the schedule, each of the next image in turn."""
+    """Steps spread evenly over the schedule, each of another image.
+
+    Images are taken from the last one down: the statistics are about the first ones, and what is
+    judged on images that they know looks better than it is.
+    """
     places = (np.arange(samples) + 0.5) * len(steps) / samples
-    return [(i % num_images, steps[min(int(p), len(steps) - 1)]) for i, p in enumerate(places)]
+    last = len(steps) - 1
+    return [((-1 - i) % num_images, steps[min(int(place), last)]) for i, place in enumerate(places)]
 
 
 @dataclass(frozen=True)

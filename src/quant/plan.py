@@ -95,6 +95,7 @@ def two_region_table(
     points: Sequence[Points],
     largest: np.ndarray,
     tiers: tuple[int, ...],
+    smoothing: np.ndarray | None = None,
     lowest: np.ndarray | None = None,
 ) -> ScaleTable:
     """Scales for two regions of codes, with the ratio that has the least error over all steps.
@@ -104,7 +105,7 @@ def two_region_table(
     """
     sides = 2 if lowest is None else 1
     tables = [
-        scale_table(points, largest, tiers, regions=Regions(coarse, sides), lowest=lowest)
+        scale_table(points, largest, tiers, None, smoothing, Regions(coarse, sides), lowest)
         for coarse in COARSE_RATIOS
     ]
     return min(tables, key=ScaleTable.level)

@@ -31,21 +31,21 @@ class Rows:
 
 @dataclass(frozen=True)
 class Reader:
-    """One input and the weights that read it, stacked by rows."""
+    """One input and the weights that read it, stacked by rows.
+
+    `widths` are the channels' largest |x - shift| over all that is known of the input: factors
+    made from a few rows only would clip what those rows do not have.
+    """
 
     samples: Sequence[Rows]
     weight: np.ndarray
+    widths: np.ndarray
     shift: np.ndarray | None = None
 
     @property
     def centre(self) -> np.ndarray:
         zeros = np.zeros(self.weight.shape[1], np.float32)
         return zeros if self.shift is None else self.shift
-
-    @property
-    def widths(self) -> np.ndarray:
-        """(channels,) largest |x - shift|."""
-        return np.max([np.abs(r.x - self.centre).max(axis=0) for r in self.samples], axis=0)
 
 
 def factors(inputs: np.ndarray, weights: np.ndarray, strength: float) -> np.ndarray:

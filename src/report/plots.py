@@ -87,7 +87,8 @@ def range_map(
     def draw(figure: Figure, axes: Axes, values: np.ndarray) -> None:
         norm = LogNorm(max(values.min(), values.max() * 1e-4), values.max())
         image = axes.imshow(values, aspect="auto", cmap="magma", norm=norm, interpolation="nearest")
-        figure.colorbar(image, label="largest |x|")
+        bar = figure.colorbar(image, label="largest |x|", format="{x:g}")
+        bar.ax.yaxis.set_minor_formatter("{x:g}")
 
     heat_map(np.maximum(largest, 1e-12), rows, sigmas, draw, "Range of every input", path)
 
