@@ -29,7 +29,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from .helpers import assert_one_error_line, random_inputs, random_model, run
+from .helpers import assert_one_error_line, random_inputs, random_model, run_here
 
 STAGE = "src.analyze_activations"
 BLOCK = "multimodal_transformer_blocks.0.image_transformer_block"
@@ -283,7 +283,7 @@ def test_statistics_of_another_model_or_calibration_are_refused(stats, tmp_path)
 )
 def test_a_mistake_is_one_error_line_and_writes_nothing(options, words, stats, tmp_path):
     folder = [] if "--stats" in options else ["--stats", str(stats)]
-    result = run(STAGE, *folder, "--output", str(tmp_path / "out"), *options, cwd=tmp_path)
+    result = run_here(STAGE, *folder, "--output", str(tmp_path / "out"), *options, cwd=tmp_path)
     lines = [line for line in result.stderr.splitlines() if line.startswith("error")]
     result.stderr = "\n".join(lines)  # a progress bar may stand before it
     assert_one_error_line(result, *words)

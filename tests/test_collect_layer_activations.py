@@ -22,7 +22,7 @@ from src.store import load_npz, read_json, read_manifest, save_npz
 import numpy as np
 import pytest
 
-from .helpers import ROOT, assert_one_error_line, run
+from .helpers import ROOT, assert_one_error_line, run_here
 
 STAGE = "src.collect_layer_activations"
 SMALL = {"num_images": 3, "stride": 2, "batch_size": 2}
@@ -167,7 +167,7 @@ def test_ranks_make_the_same_folder_as_one_process(undisturbed, tmp_path):
 def test_a_mistake_is_one_error_line(options, words, calibration, tmp_path):
     folder = [] if "--calib-dir" in options else ["--calib-dir", str(calibration)]
     before = contents(calibration)
-    assert_one_error_line(run(STAGE, *folder, *options, cwd=tmp_path), *words)
+    assert_one_error_line(run_here(STAGE, *folder, *options, cwd=tmp_path), *words)
     assert contents(calibration) == before
 
 
