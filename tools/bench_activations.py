@@ -1,6 +1,6 @@
 """What quantized activations cost nano, and what collecting their statistics costs.
 
-    python tools/bench_activations.py --captions 64 --stride 5
+    python -m tools.bench_activations --captions 64 --stride 5
 
 Weights stay at 16 bits. Fidelity is teacher-forced: the velocity's SQNR on the trajectories of
 captions that calibration never saw, mean over steps. Writes docs/benchmarks/activations.json and
@@ -10,15 +10,10 @@ activations.md. The calibration folder is made if it is missing.
 from __future__ import annotations
 
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-import click
-import numpy as np
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import src  # noqa: F401  before mlx, for OpenBLAS
 from src.activation_track.plan import Plan
 from src.calibration import statistics as collecting
@@ -48,7 +43,9 @@ from src.quant.simulate import (
 from src.quant.temporal import kind_of
 from src.quant.tiers import Thresholds
 
+import click
 import mlx.core as mx
+import numpy as np
 
 from tools.bench_common import machine, write_report
 

@@ -1,6 +1,6 @@
 """The activation track at SD3's full size, on a synthetic model with planted trouble.
 
-    python tools/bench_sd3_activations.py --model sd3-medium --side 64 --tokens 154
+    python -m tools.bench_sd3_activations --model sd3-medium --side 64 --tokens 154
 
 Some channels are made wide (and their weights as narrow), some text fc2 inputs are moved far off
 centre, and modulated inputs drift over the steps. Detection must find exactly the wide ones; shift
@@ -11,15 +11,9 @@ a GPU. Writes docs/benchmarks/sd3_activations.json and sd3_activations.md.
 from __future__ import annotations
 
 import statistics
-import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 
-import click
-import numpy as np
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import src  # noqa: F401  before mlx, for OpenBLAS
 from src.activation_track.plan import Plan
 from src.calibration.activations import ActivationStatistics
@@ -33,7 +27,9 @@ from src.models.synthetic import plant_offset, plant_outliers, randomize
 from src.quant.tiers import Thresholds
 from src.sampling import sd3_sigmas
 
+import click
 import mlx.core as mx
+import numpy as np
 
 from tools.bench_common import machine, write_report
 
