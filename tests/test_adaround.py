@@ -131,6 +131,7 @@ def test_stand_ins_compute_what_the_block_computes():
     assert mx.allclose(text, DATA.target_text, atol=1e-4).item()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_is_at_least_as_good_as_the_rungs_below(method):
     rounded = round_block(block(), DATA, replace(QUICK, method=method), step_keys=3)
@@ -145,6 +146,7 @@ def test_every_method_is_at_least_as_good_as_the_rungs_below(method):
     assert all(scale.dtype == mx.float32 for scale in rounded.scales.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rounding, lr", [(StraightThrough(4), 3e-2), (RectifiedSigmoid(4), 1e-1)])
 def test_learning_lessens_the_error_of_hard_rounding_and_ends_binary(rounding, lr):
     own = block()
@@ -166,6 +168,7 @@ def test_no_iterations_give_the_initialisation(rounding):
     assert all(mx.array_equal(found.codes[p], codes[p]) for p in codes)
 
 
+@pytest.mark.slow
 def test_same_seed_same_codes_other_seed_others():
     first, again, other = (
         round_block(

@@ -30,6 +30,8 @@ import pytest
 
 from .helpers import ROOT, assert_one_error_line, run_here
 
+pytestmark = pytest.mark.slow  # the stage as a whole, again and again
+
 STAGE = "src.adaround_optimize"
 SMALL = {"iters": 16, "batch_size": 4}
 ARGUMENTS = ["--iters", "16", "--batch-size", "4"]

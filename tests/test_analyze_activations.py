@@ -31,6 +31,8 @@ from PIL import Image
 
 from .helpers import assert_one_error_line, random_inputs, random_model, run_here
 
+pytestmark = pytest.mark.slow  # the stage as a whole, again and again
+
 STAGE = "src.analyze_activations"
 BLOCK = "multimodal_transformer_blocks.0.image_transformer_block"
 FC2, FC1, QKV = f"{BLOCK}.mlp.fc2", f"{BLOCK}.mlp.fc1", f"{BLOCK}.attn.q_proj"
