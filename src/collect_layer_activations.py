@@ -14,15 +14,13 @@ from .calibration.replay import Pair, strided_pairs, transformer_inputs
 from .calibration.statistics import check_finite, collect
 from .calibration.trajectories import Trajectories, open_with_pipeline
 from .cli import command, peak_memory_bytes
-from .distributed import Ranks
+from .distributed import Ranks, open_manifest
 from .errors import UserError
 from .models.pipeline import Pipeline
 from .store import (
     Manifest,
-    clear_folder,
     folder_lock,
     human_bytes,
-    remove_stale_temporaries,
     require_space,
     require_writable,
 )
@@ -49,7 +47,16 @@ def collect_layer_activations(
     require_writable(folder)
     settings = {"num_images": num_images, "stride": stride, "batch_size": batch_size}
     with folder_lock(folder, rank=ranks.store_rank):
-        manifest = open_manifest(folder, settings, sources(trajectories), ranks, force)
+        manifest = open_manifest(
+            folder,
+            ranks,
+            format=activations.FORMAT,
+            version=activations.VERSION,
+            settings=settings,
+            made_from=sources(trajectories),
+            force=force,
+            own_files=activations.PATTERNS,
+        )
         units = [f"{image:04d}" for image in range(num_images)]
         todo = manifest.pending(units)
         if ranks.rank == 0:
@@ -63,25 +70,6 @@ def collect_layer_activations(
         if ranks.rank == 0:
             finish(folder, manifest, units, trajectories, pipeline, steps)
     return folder
-
-
-def open_manifest(
-    folder: Path, settings: dict[str, Any], made_from: dict[str, Any], ranks: Ranks, force: bool
-) -> Manifest:
-    if ranks.rank == 0:
-        if force:
-            clear_folder(folder, activations.FORMAT)
-            activations.remove_leftovers(folder)
-        remove_stale_temporaries(folder)
-    ranks.barrier()
-    return Manifest.open(
-        folder,
-        format=activations.FORMAT,
-        version=activations.VERSION,
-        settings=settings,
-        made_from=made_from,
-        rank=ranks.store_rank,
-    )
 
 
 def sources(trajectories: Trajectories) -> dict[str, Any]:

@@ -55,13 +55,6 @@ def save_sample(folder: Path, image: int, step: int, sample: dict[str, Sample]) 
     save_npz(folder / sample_name(image, step), **flat(sample))
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Removes this stage's own files, listed in a manifest or not."""
-    for pattern in PATTERNS:
-        for path in folder.glob(pattern):
-            path.unlink()
-
-
 def sample_bytes(model: MMDiT) -> int:
     """Disk that the statistics of one step of one image take, estimated."""
     inputs = set(input_paths(model).values())
