@@ -13,7 +13,7 @@ from .models.load import MODELS
 from .quant.block_rounding import METHODS
 from .quant.grid import GROUP_SIZES
 from .store import human_bytes
-from .weight_track.plan import PREFIXES, Options, make_plan
+from .weight_track.plan import PREFIXES, REFINE, REFINED_BY_DEFAULT, Options, make_plan
 from .weight_track.work import round_all
 
 DEFAULTS = Options()
@@ -50,12 +50,31 @@ def adaround_optimize(
     help=f"Weights to a scale: {', '.join(map(str, GROUP_SIZES))}; 0 is one per output channel.",
 )
 @click.option("--batch-size", default=DEFAULTS.batch_size, help="Rows of a minibatch.")
-@click.option("--lr", type=float, help="Rate of Adam.  [default: adaround 0.05; ste 0.01]")
+@click.option("--lr", type=float, help="Rate of Adam.  [default: adaround 0.1; ste 0.002]")
 @click.option("--warmup", default=DEFAULTS.warmup, help="Share of adaround without regulariser.")
 @click.option(
     "--b-range", default=DEFAULTS.b_range, type=(float, float), help="adaround's exponent, falling."
 )
 @click.option("--reg", default=DEFAULTS.reg, help="Weight of adaround's regulariser.")
+@click.option(
+    "--activations-from",
+    default=DEFAULTS.activations_from,
+    help="Share of the run after which half of the activations are quantized; 1: never.",
+)
+@click.option(
+    "--bias-correction/--no-bias-correction",
+    default=DEFAULTS.bias_correction,
+    help="Move biases by what rounding has moved in the mean, where that helps.",
+)
+@click.option(
+    "--refine",
+    type=int,
+    help="Iterations over the whole network, when its blocks are rounded.  "
+    f"[default: {REFINE} where it has up to {REFINED_BY_DEFAULT // 10**6} M weights, else 0]",
+)
+@click.option(
+    "--calib-dir", help="What refining noises afresh.  [default: the folder above the cache]"
+)
 @click.option(
     "--prefix",
     default=DEFAULTS.prefix,

@@ -32,7 +32,7 @@ class Ranks:
     def barrier(self) -> None:
         """Waits until every rank has come here."""
         if self.size > 1:
-            mx.eval(mx.distributed.all_sum(mx.ones((1,)), stream=mx.cpu))
+            mx.eval(mx.distributed.all_sum(mx.ones((1,))))
 
 
 def open_manifest(

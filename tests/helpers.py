@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import importlib
 import os
+import random
+import shutil
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 from src.models.configs import MMDiTConfig
@@ -43,6 +48,47 @@ def relative_error(got: object, wanted: object) -> float:
     """Norm of the difference over the norm of what was wanted."""
     got, wanted = np.array(got, dtype=np.float64), np.array(wanted, dtype=np.float64)
     return float(np.linalg.norm(got - wanted) / np.linalg.norm(wanted))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file's bytes by name; a lock says nothing."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and not path.name.startswith(".lock")
+    }
+
+
+def start_quietly(command: list[str]) -> subprocess.Popen:
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def kill_at_random_moments(
+    command: list[str],
+    folder: Path,
+    times: int,
+    *,
+    check: Callable[[Path], object],
+    earliest: float = 0.3,
+) -> int:
+    """Runs the command once, then kills it again and again; how many runs that has cut short.
+
+    Each goes on in the folder that the one before it has left; a finished one is checked and
+    removed. Moments are shares of the whole run's time, since Python and MLX start first.
+    """
+    begun = time.monotonic()
+    assert start_quietly(command).wait() == 0
+    whole, rng, cut_short = time.monotonic() - begun, random.Random(0), 0
+    shutil.rmtree(folder)
+    for _ in range(times):
+        process = start_quietly(command)
+        time.sleep(whole * rng.uniform(earliest, 1.0))
+        os.kill(process.pid, signal.SIGKILL)
+        cut_short += process.wait() != 0
+        if (folder / "manifest.json").exists():
+            check(folder)
+            shutil.rmtree(folder)
+    return cut_short
 
 
 def run(*arguments: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:

@@ -33,8 +33,8 @@ from .helpers import ROOT, assert_one_error_line, run_here
 pytestmark = pytest.mark.slow  # the stage as a whole, again and again
 
 STAGE = "src.adaround_optimize"
-SMALL = {"iters": 16, "batch_size": 4}
-ARGUMENTS = ["--iters", "16", "--batch-size", "4"]
+SMALL = {"iters": 16, "batch_size": 4, "refine": 8}
+ARGUMENTS = ["--iters", "16", "--batch-size", "4", "--refine", "8"]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -44,7 +44,7 @@ def contents(folder: Path) -> dict[str, bytes]:
         name = str(path.relative_to(folder))
         if path.name == "config.json":
             found[name] = json.dumps({**json.loads(path.read_text()), "clock": None}).encode()
-        elif not path.name.startswith(".lock") and "clock" not in path.name:
+        elif not path.name.startswith(".lock") and "clock" not in name:
             found[name] = path.read_bytes()
     return found
 
@@ -54,7 +54,7 @@ def cache(tmp_path_factory) -> Path:
     calibration = generate_calibration_data(
         "tiny", tmp_path_factory.mktemp("c"), num_images=2, num_steps=4, height=64, width=64
     )
-    return cache_adaround_data(calibration, tmp_path_factory.mktemp("b"), num_images=2, stride=1)
+    return cache_adaround_data(calibration, num_images=2, stride=1)
 
 
 @pytest.fixture(scope="module")
@@ -131,11 +131,17 @@ def test_rtn_is_nearest_rounding_on_absmax_scales(cache, tmp_path):
 def test_finished_work_is_left_alone_and_other_settings_are_refused(cache, rounded, tmp_path):
     folder = tmp_path / "copy"
     shutil.copytree(rounded, folder)
-    (folder / "weights/mm1.npz").unlink()
-    before = (folder / "weights/mm0.npz").stat().st_mtime_ns
+    (folder / "blocks/mm1.npz").unlink()
+    before = {
+        name: (folder / name).stat().st_mtime_ns for name in ("blocks/mm0.npz", "weights/mm0.npz")
+    }
     adaround_optimize(cache, folder, **SMALL)
     assert contents(folder) == contents(rounded)
-    assert (folder / "weights/mm0.npz").stat().st_mtime_ns == before
+    assert before == {name: (folder / name).stat().st_mtime_ns for name in before}
+    (folder / "weights/mm1.npz").unlink()  # refining is one unit of work
+    adaround_optimize(cache, folder, **SMALL)
+    assert contents(folder) == contents(rounded)
+    assert (folder / "blocks/mm0.npz").stat().st_mtime_ns == before["blocks/mm0.npz"]
     with pytest.raises(UserError, match="bits_w.*4.*3|bits_w.*3.*4"):
         adaround_optimize(cache, folder, bits_w=3, **SMALL)
     assert contents(folder) == contents(rounded)
@@ -150,11 +156,11 @@ def test_blocks_may_be_rounded_one_run_after_the_other(cache, rounded, tmp_path)
 
 
 def test_quantized_prefix_feeds_blocks_what_the_rounded_ones_give(cache, rounded, tmp_path):
-    settings = {**SMALL, "prefix": "quantized"}
+    settings = {**SMALL, "prefix": "quantized", "refine": 0}
     folder = adaround_optimize(cache, tmp_path / "quantized", **settings)
     first, second = (contents(folder)[f"weights/mm{i}.npz"] for i in (0, 1))
-    assert first == contents(rounded)["weights/mm0.npz"]
-    assert second != contents(rounded)["weights/mm1.npz"]
+    assert first == contents(rounded)["blocks/mm0.npz"]
+    assert second != contents(rounded)["blocks/mm1.npz"]
     whole = contents(folder)
     (folder / "weights/mm1.npz").unlink()
     adaround_optimize(cache, folder, **settings)
@@ -264,7 +270,15 @@ def test_ranks_make_the_same_files_as_one_process(cache, rounded, tmp_path):
     quiet = {"cwd": ROOT, "capture_output": True, "text": True, "timeout": 120}
     result = subprocess.run(launch, **quiet)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert contents(tmp_path / "o") == contents(rounded)
+    shared, alone = contents(tmp_path / "o"), contents(rounded)
+    assert shared.keys() == alone.keys()
+    assert all(shared[name] == alone[name] for name in alone if name.startswith("blocks/"))
+    # Half the gradient from each rank: the same sum, but for its last bits.
+    for index in range(2):
+        for path, layer in load_rounded_block(rounded, index).items():
+            other = load_rounded_block(tmp_path / "o", index)[path]
+            assert np.mean(layer.codes != other.codes) < 0.001
+            np.testing.assert_allclose(layer.scale, other.scale, rtol=1e-3)
     result = subprocess.run([*launch, "--prefix", "quantized", "--force"], **quiet)
     assert "every block waits for the one before it" in result.stdout + result.stderr
 
@@ -288,6 +302,9 @@ def test_ranks_make_the_same_files_as_one_process(cache, rounded, tmp_path):
         (["--quant-config", "absent.json"], ["absent.json", "analyze_activations"]),
         (["--cache-dir", "absent"], ["absent", "cache_adaround_data"]),
         (["--model", "tiny-3.5-large"], ["tiny-3.5-large", "made the cache"]),
+        (["--refine", "-1"], ["--refine", "-1"]),
+        (["--calib-dir", "absent"], ["absent", "generate_calibration_data", "--refine 0"]),
+        (["--activations-from", "2"], ["--activations-from", "0 to 1"]),
     ],
 )
 def test_a_mistake_is_one_error_line_and_changes_nothing(cache, options, words, tmp_path):
@@ -301,18 +318,22 @@ def test_damaged_caches_are_refused(cache, tmp_path):
     folder = tmp_path / "cache"
     shutil.copytree(cache, folder)
     (folder / "samples/0001_002.npz").unlink()
+    settings = {**SMALL, "calib_dir": cache.parent}
     with pytest.raises(UserError, match="0001_002.npz.*missing"):
-        adaround_optimize(folder, tmp_path / "o", **SMALL)
+        adaround_optimize(folder, tmp_path / "o", **settings)
     sample = load_npz(cache / "samples/0001_002.npz")
     sample["text_0"][0, 1, 2] = np.nan
     save_npz(folder / "samples/0001_002.npz", **sample)
     with pytest.raises(UserError, match="0001_002.npz.*text_0.*nan"):
-        adaround_optimize(folder, tmp_path / "o", **SMALL)
+        adaround_optimize(folder, tmp_path / "o", **settings)
     assert not list((tmp_path / "o").glob("weights/*"))
 
 
 def test_too_little_memory_is_refused_before_the_work(cache, tmp_path, monkeypatch):
     monkeypatch.setattr(planning, "memory_bytes", lambda: 10**6)
     with pytest.raises(UserError, match="needs about .* MB of memory.*1.0 MB.*--batch-size"):
+        adaround_optimize(cache, tmp_path / "o", **{**SMALL, "refine": 0})
+    monkeypatch.setattr(planning, "memory_bytes", lambda: 10**6)
+    with pytest.raises(UserError, match="--refine 8 needs about .* MB.*more GPUs.*--refine 0"):
         adaround_optimize(cache, tmp_path / "o", **SMALL)
     assert not (tmp_path / "o").exists()

@@ -28,20 +28,18 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from .helpers import ROOT, assert_one_error_line, random_inputs, random_model, run_here
+from .helpers import (
+    ROOT,
+    assert_one_error_line,
+    contents,
+    random_inputs,
+    random_model,
+    run_here,
+)
 
 STAGE = "src.cache_adaround_data"
 SMALL = {"num_images": 2, "stride": 2, "batch_size": 3}
 ARGUMENTS = ["--num-images", "2", "--stride", "2", "--batch-size", "3"]
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    """Every file by name; the lock says nothing."""
-    return {
-        str(p.relative_to(folder)): p.read_bytes()
-        for p in sorted(folder.rglob("*"))
-        if p.is_file() and not p.name.startswith(".lock")
-    }
 
 
 @pytest.fixture(scope="module")

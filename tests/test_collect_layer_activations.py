@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import random
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 from src.calibration.activations import ActivationStatistics
@@ -22,20 +18,19 @@ from src.store import load_npz, read_json, read_manifest, save_npz
 import numpy as np
 import pytest
 
-from .helpers import ROOT, assert_one_error_line, run_here
+from .helpers import (
+    ROOT,
+    assert_one_error_line,
+    contents,
+    kill_at_random_moments,
+    run_here,
+    start_quietly,
+)
 
 STAGE = "src.collect_layer_activations"
 SMALL = {"num_images": 3, "stride": 2, "batch_size": 2}
 ARGUMENTS = ["--num-images", "3", "--stride", "2", "--batch-size", "2"]
 STEPS = [0, 2, 4]
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {
-        str(p.relative_to(folder)): p.read_bytes()
-        for p in sorted(folder.rglob("*"))
-        if p.is_file() and not p.name.startswith(".lock")
-    }
 
 
 @pytest.fixture(scope="module")
@@ -120,23 +115,15 @@ def test_killed_at_random_moments_the_same_command_ends_with_the_same_bytes(undi
     shutil.copytree(
         undisturbed.parent, tmp_path / "copy", ignore=shutil.ignore_patterns("activations")
     )
-    folder, rng, cut_short = tmp_path / "copy/activations", random.Random(0), 0
+    folder = tmp_path / "copy/activations"
     command = [sys.executable, "-m", STAGE, *ARGUMENTS, "--calib-dir", str(folder.parent)]
-    quiet = {"cwd": ROOT, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    begun = time.monotonic()
-    assert subprocess.run(command, **quiet).returncode == 0
-    whole = time.monotonic() - begun
-    shutil.rmtree(folder)
-    for _ in range(8):
-        process = subprocess.Popen(command, **quiet)
-        time.sleep(whole * rng.uniform(0.4, 1.0))
-        os.kill(process.pid, signal.SIGKILL)
-        cut_short += process.wait() != 0
-        if (folder / "manifest.json").exists():
-            shutil.rmtree(folder)
-    assert cut_short >= 4
-    assert subprocess.run(command, **quiet).returncode == 0
+    assert kill_at_random_moments(command, folder, 8, check=whole, earliest=0.4) >= 4
+    assert start_quietly(command).wait() == 0
     assert contents(folder) == contents(undisturbed)
+
+
+def whole(folder: Path) -> None:
+    read_manifest(folder, "ditq-activations", 1, verify=True)
 
 
 @pytest.mark.slow

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -25,17 +23,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from .helpers import ROOT, assert_one_error_line, run, run_here
+from .helpers import (
+    ROOT,
+    assert_one_error_line,
+    contents,
+    kill_at_random_moments,
+    run,
+    run_here,
+    start_quietly,
+)
 
 SMALL = {"model": "tiny", "num_images": 3, "num_steps": 4, "batch_size": 2}
 ARGUMENTS = ["--model", "tiny", "--num-images", "3", "--num-steps", "4", "--batch-size", "2"]
 STAGE = "src.generate_calibration_data"
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    """Every file by name."""
-    files = (p for p in sorted(folder.rglob("*")) if p.is_file())
-    return {str(p.relative_to(folder)): p.read_bytes() for p in files}
 
 
 @pytest.fixture(scope="module")
@@ -112,38 +112,19 @@ def test_a_lost_file_is_made_again(undisturbed, tmp_path):
     assert contents(folder) == contents(undisturbed)
 
 
-def start(folder: Path) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-m", STAGE, *ARGUMENTS, "--calib-dir", str(folder)],
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-
-
 @pytest.mark.slow
 def test_killed_at_20_random_moments_the_same_command_ends_with_the_same_bytes(
     undisturbed, tmp_path
 ):
-    folder, rng = tmp_path / "calibration", random.Random(0)
-    begun = time.monotonic()
-    assert start(folder).wait() == 0
-    whole = time.monotonic() - begun
+    folder = tmp_path / "calibration"
+    command = [sys.executable, "-m", STAGE, *ARGUMENTS, "--calib-dir", str(folder)]
+    assert kill_at_random_moments(command, folder, 20, check=whole) >= 10
+    assert start_quietly(command).wait() == 0
     assert contents(folder) == contents(undisturbed)
-    shutil.rmtree(folder)
-    cut_short = 0
-    for _ in range(20):
-        process = start(folder)
-        # Before half of the time nothing is written yet: Python and MLX are starting.
-        time.sleep(whole * rng.uniform(0.3, 1.0))
-        os.kill(process.pid, signal.SIGKILL)
-        cut_short += process.wait() != 0
-        if (folder / "manifest.json").exists():
-            read_manifest(folder, "ditq-calibration", 1, verify=True)
-            shutil.rmtree(folder)
-    assert cut_short >= 10
-    assert start(folder).wait() == 0
-    assert contents(folder) == contents(undisturbed)
+
+
+def whole(folder: Path) -> None:
+    read_manifest(folder, "ditq-calibration", 1, verify=True)
 
 
 @pytest.mark.slow

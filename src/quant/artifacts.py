@@ -4,13 +4,14 @@ quant_config.json   the activation track's choice: bits, scale and shift of ever
 quant_config.npz    its long vectors: `PATH.shift` and `PATH.smoothing`, per input channel
 weights/mmN.npz     the weight track's block N: `PATH__weight_int`, `PATH__scale`, `PATH__a_scale`,
                     and `PATH__bias`, `PATH__smoothing` where there are such; PATH is a linear path
+blocks/mmN.npz      the same before the whole network was refined, where it was
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,20 @@ class LayerConfig:
     smoothing: np.ndarray | None = None  # per input channel; the weight is multiplied with it
     coarse: int = 1  # steps of the second region over those of the first; 1: there is only one
     coarse_sides: int = 1
+    # With smoothing only: the scale for a weight that was not rounded with it.
+    plain_scale: list[float] | None = None
+
+    def unsmoothed(self) -> LayerConfig:
+        """The same tiers for an input that nothing divides.
+
+        Without a scale that was measured for it the range grows by the widest factor: a value that
+        just reached it did so in some channel, which may be that one.
+        """
+        if self.smoothing is None:
+            return self
+        widest = float(np.max(self.smoothing))
+        scale = self.plain_scale or [scale * widest for scale in self.scale]
+        return replace(self, scale=scale, smoothing=None, plain_scale=None)
 
 
 @dataclass(frozen=True)
@@ -102,8 +117,9 @@ class QuantConfig:
                     else None,
                     coarse=entry["coarse"],
                     coarse_sides=entry["coarse_sides"],
+                    plain_scale=plain_scales(name, per_step),
                 )
-                for name, entry in (per_step[0] if per_step else {}).items()
+                for name, entry in same_at_all_steps(path, per_step).items()
             }
             config = cls(data["made_from"], data["step_keys"], data["sigmas"], layers)
             config.check(path)
@@ -145,6 +161,7 @@ class QuantConfig:
             "shift": shift,
             "coarse": layer.coarse,
             "coarse_sides": layer.coarse_sides,
+            **({} if layer.plain_scale is None else {"plain_scale": layer.plain_scale[index]}),
         }
 
     def check(self, path: Path) -> None:
@@ -165,12 +182,13 @@ class QuantConfig:
                 )
             if type(layer.coarse) is not int or layer.coarse < 1:
                 raise UserError(f"{path}: coarse of {name} is {layer.coarse}; valid: 1 or more")
-            if layer.coarse_sides not in (1, 2):
+            if type(layer.coarse_sides) is not int or layer.coarse_sides not in (1, 2):
                 raise UserError(
                     f"{path}: coarse_sides of {name} is {layer.coarse_sides}; valid: 1 or 2"
                 )
-            for bits, scale in zip(layer.bits, layer.scale, strict=True):
+            for bits in layer.bits:
                 check_bits(bits, f"{path}: bits of {name}")
+            for scale in [*layer.scale, *(layer.plain_scale or [])]:
                 if not (math.isfinite(scale) and scale > 0):
                     raise UserError(f"{path}: scale of {name} is {scale}; valid: above 0")
             check_vectors(path, name, layer)
@@ -193,6 +211,26 @@ class QuantConfig:
         bits = max(layer.bits[low], layer.bits[high])
         range_here = math.exp((1 - part) * math.log(ranges[0]) + part * math.log(ranges[1]))
         return bits, range_here / activation_limit(bits)
+
+
+def same_at_all_steps(path: Path, per_step: list[dict[str, Any]]) -> dict[str, Any]:
+    """What each layer has at its first step, and has to have at all others."""
+    first = per_step[0] if per_step else {}
+    for name, entry in first.items():
+        for key in ("shift", "coarse", "coarse_sides"):
+            if any(step[name][key] != entry[key] for step in per_step):
+                raise UserError(
+                    f"{path}: {key} of {name} differs between steps; valid: one for all; "
+                    f"{ANALYZE_HINT}"
+                )
+    return first
+
+
+def plain_scales(name: str, per_step: list[dict[str, Any]]) -> list[float] | None:
+    """One layer's scales without its smoothing, where the config has them."""
+    if "plain_scale" not in per_step[0][name]:
+        return None
+    return [step[name]["plain_scale"] for step in per_step]
 
 
 def log_fraction(sigma: float, above: float, below: float) -> float:
@@ -251,12 +289,17 @@ LAYER_ARRAYS = {
 }
 
 
-def block_file(index: int) -> str:
+FINAL, BEFORE_REFINING = "weights", "blocks"
+
+
+def block_file(index: int, part: str = FINAL) -> str:
     """Name of a block's weights, relative to the output folder."""
-    return f"weights/mm{index}.npz"
+    return f"{part}/mm{index}.npz"
 
 
-def save_rounded_block(folder: Path, index: int, layers: Mapping[str, RoundedLayer]) -> None:
+def save_rounded_block(
+    folder: Path, index: int, layers: Mapping[str, RoundedLayer], part: str = FINAL
+) -> None:
     """Writes one block; layers are by linear path."""
     arrays = {}
     for path, layer in layers.items():
@@ -264,12 +307,12 @@ def save_rounded_block(folder: Path, index: int, layers: Mapping[str, RoundedLay
             value = getattr(layer, field)
             if value is not None:
                 arrays[f"{path}__{suffix}"] = np.asarray(value).astype(dtype, casting="same_kind")
-    save_npz(folder / block_file(index), **arrays)
+    save_npz(folder / block_file(index, part), **arrays)
 
 
-def load_rounded_block(folder: Path, index: int) -> dict[str, RoundedLayer]:
+def load_rounded_block(folder: Path, index: int, part: str = FINAL) -> dict[str, RoundedLayer]:
     """Reads one block back; an array that is missing, odd or not finite is an error."""
-    path, hint = folder / block_file(index), "run `python -m src.adaround_optimize` first"
+    path, hint = folder / block_file(index, part), "run `python -m src.adaround_optimize` first"
     arrays = load_npz(path, finite=True, hint=hint)
     found: dict[str, dict[str, np.ndarray]] = {}
     fields = {suffix: (field, *rest) for field, (suffix, *rest) in LAYER_ARRAYS.items()}

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field, replace
 
 import mlx.core as mx
+import numpy as np
 
 from .bias_correction import bias_correction
 from .gptq import gptq_codes
@@ -25,6 +26,7 @@ from .standin import BlockData, StandInBlock, channel_power, stream_errors
 LADDER = ("rtn", "grid", "gptq")  # computed one after the other, each from the one before
 LEARNED = {"adaround": RectifiedSigmoid, "ste": StraightThrough}
 METHODS = (*LADDER, *LEARNED)
+MEASURED_ROWS = 128  # on which every rung's error is measured
 
 
 @dataclass(frozen=True)
@@ -74,21 +76,21 @@ def round_block(
 
     `step_keys` is how many the data has; `compiled_steps` is what blocks of one shape share.
     """
-    masters = block.masters()
+    masters, measured = block.masters(), data.spaced(MEASURED_ROWS)
     statistics = input_statistics(block, data, settings.learning.batch_size)
     if activations is None:
         activations = absmax_grids(statistics, data.step, step_keys, settings.activation_bits)
-    rungs = ladder(block, data, settings, statistics)
+    rungs = ladder(block, measured, settings, statistics)
     undecided = 0.0
     if settings.method in LEARNED:
         rungs[settings.method], undecided = learned(
-            block, data, settings, rungs, activations, compiled_steps
+            block, data, measured, settings, rungs, activations, compiled_steps
         )
     kept = chosen(rungs, settings.method)
     best = rungs[kept]
     corrections = {}
     if settings.correct_bias:
-        corrections = corrected(block, data, best, statistics, settings.learning.batch_size)
+        corrections = corrected(block, measured, best, statistics, settings.learning.batch_size)
     return RoundedBlock(
         codes=best.codes,
         scales=best.scales,
@@ -119,9 +121,7 @@ def ladder(
     for name in LADDER[: last + 1]:
         own = absmax if name == "rtn" else scales
         if name == "gptq":
-            codes = {
-                p: gptq_codes(w, own[p], bits, statistics[p].hessian) for p, w in masters.items()
-            }
+            codes = gptq_by_input(masters, own, bits, statistics)
         else:
             codes = {p: nearest_codes(w, own[p], bits) for p, w in masters.items()}
         mx.eval(codes, own)
@@ -130,9 +130,30 @@ def ladder(
     return rungs
 
 
+def gptq_by_input(
+    masters: dict[str, mx.array],
+    scales: dict[str, mx.array],
+    bits: int,
+    statistics: dict[str, InputStatistics],
+) -> dict[str, mx.array]:
+    """GPTQ's codes; linears that read the same input are rounded as one, by one factor."""
+    groups: dict[int, list[str]] = {}
+    for path in masters:
+        groups.setdefault(id(statistics[path]), []).append(path)
+    codes = {}
+    for paths in groups.values():
+        weight = mx.concatenate([masters[p] for p in paths])
+        scale = mx.concatenate([scales[p] for p in paths])
+        both = gptq_codes(weight, scale, bits, statistics[paths[0]].hessian)
+        ends = np.cumsum([len(masters[p]) for p in paths])[:-1].tolist()
+        codes |= dict(zip(paths, mx.split(both, ends), strict=True))
+    return {path: codes[path] for path in masters}
+
+
 def learned(
     block: StandInBlock,
     data: BlockData,
+    measured: BlockData,
     settings: RoundingSettings,
     rungs: dict[str, Candidate],
     activations: dict[str, ActivationGrid],
@@ -154,7 +175,7 @@ def learned(
         share=share,
         steps=compiled_steps,
     )
-    error = output_error(block, data, result.codes, start.scales, settings.learning.batch_size)
+    error = output_error(block, measured, result.codes, start.scales, settings.learning.batch_size)
     return Candidate(result.codes, start.scales, error), result.undecided
 
 

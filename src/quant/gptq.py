@@ -11,7 +11,7 @@ import mlx.core as mx
 from .grid import code_range, spread
 
 DAMPING = 0.01  # of the mean diagonal, added to the Hessian's
-BLOCK_COLUMNS = 128
+BLOCK_COLUMNS = 32  # that are rounded before the rest learns of it
 SMALLEST_POWER = 1e-30  # of inputs that are all zero
 
 
@@ -52,33 +52,33 @@ def inverse_factor(hessian: mx.array, damping: float) -> mx.array:
 
 def rounded_in_order(weight: mx.array, scale: mx.array, bits: int, factor: mx.array) -> mx.array:
     """float32 codes of the columns from left to right; scale is per weight."""
-    columns, pieces = weight.shape[1], []
-    for start in range(0, columns, BLOCK_COLUMNS):
-        end = min(start + BLOCK_COLUMNS, columns)
-        codes, errors = round_block(
-            weight[:, start:end], scale[:, start:end], bits, factor[start:end, start:end]
+    # Column by column means row by row of the transpose, where each lies in one piece.
+    rest, scale, pieces = weight.T, scale.T, []
+    for start in range(0, len(rest), BLOCK_COLUMNS):
+        end = min(start + BLOCK_COLUMNS, len(factor))
+        codes, errors = round_columns(
+            rest[: end - start], scale[start:end], bits, factor[start:end, start:end]
         )
+        # The later columns learn of a block's errors at once, in one product.
+        rest = rest[end - start :] - factor[start:end, end:].T @ errors
+        mx.eval(rest, codes)
         pieces.append(codes)
-        if end < columns:
-            # The later columns learn of a block's errors at once, in one product.
-            weight = mx.concatenate(
-                [weight[:, :end], weight[:, end:] - errors @ factor[start:end, end:]], axis=1
-            )
-        mx.eval(weight, codes)
-    return mx.concatenate(pieces, axis=1)
+        if end == len(factor):
+            break
+    return mx.concatenate(pieces).T
 
 
-def round_block(
-    weight: mx.array, scale: mx.array, bits: int, factor: mx.array
+def round_columns(
+    columns: mx.array, scale: mx.array, bits: int, factor: mx.array
 ) -> tuple[mx.array, mx.array]:
     """Codes of some neighbouring columns, and their errors in units of the factor's diagonal."""
     low, high = code_range(bits)
     codes, errors = [], []
-    for column in range(weight.shape[1]):
-        value, step = weight[:, column], scale[:, column]
+    for place, step in enumerate(scale):
+        value, columns = columns[0], columns[1:]
         code = mx.clip(mx.round(value / step), low, high)
-        error = (value - code * step) / factor[column, column]
-        weight = weight - error[:, None] * factor[column][None]
+        error = (value - code * step) / factor[place, place]
+        columns = columns - factor[place, place + 1 :, None] * error
         codes.append(code)
         errors.append(error)
-    return mx.stack(codes, axis=1), mx.stack(errors, axis=1)
+    return mx.stack(codes), mx.stack(errors)

@@ -58,7 +58,7 @@ class Steps:
         """The iteration for a block of this shape; `grids`: whether activations are quantized."""
         if not self.compiled:
             return make_step(block, rounding)
-        shapes = tuple((k, v.shape) for k, v in tree_flatten(block.block.parameters()))
+        shapes = tuple((k, v.shape) for k, v in tree_flatten(block.module.parameters()))
         key = (rounding, grids, shapes)
         if key not in self._known:
             self._known[key] = mx.compile(make_step(block, rounding))
@@ -78,8 +78,8 @@ def learn_rounding(
     steps: Steps | None = None,
 ) -> Learned:
     """Starts from codes `start`; the block's own weights are the masters."""
-    fixed, masters = block.block.parameters(), block.masters()
-    checked = data.rows(slice(0, len(data), max(1, len(data) // CHECK_ROWS)))
+    fixed, masters = block.module.parameters(), block.masters()
+    checked = data.spaced(CHECK_ROWS)
     layers, states = prepared(masters, start, scales, rounding, share)
     best = Learned(dict(start), 1.0)
     try:
@@ -95,7 +95,7 @@ def learn_rounding(
         train(run, layers, states, judge, best)
     finally:
         block.clear_hooks()
-        block.block.update(fixed)
+        block.module.update(fixed)
     return best
 
 
@@ -193,7 +193,7 @@ def train(run: Run, layers: dict[str, Layer], states: Tree, judge: Judge, best: 
         mx.eval(states, moments)
         if iteration + 1 in checks:
             codes = {p: run.rounding.codes(s, layers[p]).astype(mx.int8) for p, s in states.items()}
-            run.block.block.update(run.constants["fixed"])
+            run.block.module.update(run.constants["fixed"])
             best.history.append(judge(codes))
             if best.history[-1] < best.error:
                 best.codes, best.error = codes, best.history[-1]
@@ -228,7 +228,7 @@ def make_step(block: StandInBlock, rounding: Rounding) -> Step:
 
     def loss_of(weights: Tree, constants: Tree, batch: Tree, key: mx.array) -> mx.array:
         data = BlockData(**batch)
-        block.block.update(constants["fixed"])
+        block.module.update(constants["fixed"])
         block.set_weights(weights)
         grids = constants.get("grids", {})
         keys = mx.random.split(key, max(len(grids), 1))

@@ -1,4 +1,4 @@
-"""What stands in for a linear while its block is rounded, and the block run with it."""
+"""What stands in for a linear while its block or network is rounded, and the block run with it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import mlx.nn as nn
 
-Weights = Mapping[str, mx.array]  # by path within the block
+Weights = Mapping[str, mx.array]  # by path
 SMALLEST_POWER = 1e-12  # of a channel that is always zero
 Streams = tuple[mx.array, mx.array | None]  # image and text; the last block gives no text
 
@@ -88,6 +88,10 @@ class BlockData:
             text,
         )
 
+    def spaced(self, count: int) -> BlockData:
+        """About that many rows, evenly spaced."""
+        return self.rows(slice(0, len(self), max(1, len(self) // count)))
+
     def chunks(self, size: int) -> Iterator[BlockData]:
         """All rows in order, some at a time."""
         for start in range(0, len(self), size):
@@ -109,10 +113,10 @@ class BlockData:
 
 
 @dataclass
-class StandInBlock:
-    """A float32 block with stand-ins in the place of its linears."""
+class StandIns:
+    """A float32 module with stand-ins in the place of its linears, by path."""
 
-    block: nn.Module
+    module: nn.Module
     stand_ins: dict[str, StandIn]
 
     def set_weights(self, weights: Weights) -> None:
@@ -146,8 +150,12 @@ class StandInBlock:
     def clear_hooks(self) -> None:
         self.set_hooks(dict.fromkeys(self.stand_ins))
 
+
+class StandInBlock(StandIns):
+    """One block; paths are within it."""
+
     def __call__(self, data: BlockData) -> Streams:
-        return self.block(*data.inputs)
+        return self.module(*data.inputs)
 
 
 Power = list[mx.array]  # per stream that the block gives, (hidden,)

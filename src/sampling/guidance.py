@@ -22,7 +22,7 @@ def uses_guidance(cfg_weight: float) -> bool:
 def guided(
     model: Model, latent: mx.array, sigma: mx.array, text: mx.array, pooled: mx.array, weight: float
 ) -> mx.array:
-    """Velocity of the (batch, …) latent at a scalar sigma.
+    """Velocity of the (batch, …) latent at one sigma, or at one a row.
 
     With guidance, text and pooled hold twice the batch: the prompts, then the negative prompts.
     The model computes in the text's dtype; the guidance itself, a difference, in float32.
@@ -30,6 +30,7 @@ def guided(
     doubled = uses_guidance(weight)
     if doubled:
         latent = mx.concatenate([latent, latent])
+        sigma = mx.concatenate([sigma, sigma]) if sigma.ndim else sigma
     if len(text) != len(latent):
         raise ValueError(f"{len(text)} rows of text for {len(latent)} latents")
     timestep = mx.broadcast_to(1000 * sigma, (len(latent),))

@@ -10,19 +10,19 @@ import mlx.core as mx
 
 from ..models.mmdit import MMDiT
 from ..models.paths import BLOCKS, block_linears
-from ..quant.artifacts import RoundedLayer, block_file, load_rounded_block
+from ..quant.artifacts import FINAL, RoundedLayer, block_file, load_rounded_block
 from ..quant.grid import dequantize
 
 
 @contextmanager
-def rounded_weights(transformer: MMDiT, folder: Path) -> Iterator[None]:
+def rounded_weights(transformer: MMDiT, folder: Path, part: str = FINAL) -> Iterator[None]:
     """The linears compute with the folder's dequantized weights while the context lasts."""
     linears, kept = block_linears(transformer), {}
     try:
         for index in range(len(transformer[BLOCKS])):
-            if not (folder / block_file(index)).exists():
+            if not (folder / block_file(index, part)).exists():
                 continue
-            for path, layer in load_rounded_block(folder, index).items():
+            for path, layer in load_rounded_block(folder, index, part).items():
                 linear = linears[path]
                 kept[path] = (linear.weight, linear.get("bias"))
                 linear.weight = weight_of(layer).astype(linear.weight.dtype)

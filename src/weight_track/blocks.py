@@ -22,6 +22,11 @@ from ..quant.standin import BlockData, StandIn, StandInBlock
 Streams = tuple[mx.array, mx.array | None]
 
 
+def compiling_is_faster() -> bool:
+    """On the CPU at the batch sizes that it can bear, starting a C++ compiler costs more."""
+    return mx.default_device() != mx.Device(mx.cpu)
+
+
 def stand_in_block(
     transformer: MMDiT, index: int, config: QuantConfig | None = None
 ) -> StandInBlock:
@@ -51,6 +56,11 @@ def block_paths(transformer: MMDiT, index: int) -> dict[str, nn.Linear]:
         for path, linear in block_linears(transformer).items()
         if path.startswith(prefix)
     }
+
+
+def own_biases(transformer: MMDiT, index: int) -> dict[str, mx.array | None]:
+    """The 16-bit model's biases, by path within the block."""
+    return {path: linear.get("bias") for path, linear in block_paths(transformer, index).items()}
 
 
 def full_path(index: int, path: str) -> str:

@@ -9,27 +9,33 @@ from pathlib import Path
 from typing import Any
 
 from ..calibration.block_cache import BlockCache
+from ..calibration.trajectories import Trajectories
 from ..cli import memory_bytes
 from ..errors import UserError
 from ..models.load import load_pipeline
-from ..models.paths import BLOCKS
+from ..models.paths import BLOCKS, block_linears
 from ..models.pipeline import Pipeline
-from ..quant.artifacts import QuantConfig
-from ..quant.block_rounding import METHODS, RoundingSettings
+from ..quant.artifacts import BEFORE_REFINING, FINAL, QuantConfig
+from ..quant.block_rounding import LEARNED, METHODS, RoundingSettings
 from ..quant.grid import GROUP_SIZES, check_bits, grouped
 from ..quant.learning import Learning
-from ..store import hash_file, human_bytes, require_match
+from ..store import MANIFEST_NAME, hash_file, human_bytes, require_match
 from .blocks import block_paths, full_path
 
 PREFIXES = ("fp", "quantized")
 # Of Adam: found on nano, where a block's loss is 1 at the start. AdaRound's is constant and has to
 # bring every α from the middle to an end; the other's, in steps of the grid, falls to 0.
-RATES = {"adaround": 5e-2, "ste": 1e-2}
+RATES = {"adaround": 1e-1, "ste": 2e-3}
 # Float32 copies of a block's weights at once: master, base, state, two moments, weight, gradient.
 WEIGHT_COPIES = 9
 # Float32 values of the hidden size that one token of a minibatch leaves for the gradient.
 ACTIVATIONS_PER_TOKEN = 60
 ATTENTION_COPIES = 4  # of (heads, tokens, tokens) for each row
+# Refining is the default for networks that a plain machine refines in minutes.
+REFINE, REFINED_BY_DEFAULT = 400, 100_000_000  # iterations; weights
+# Float32 copies of all weights: master, the rest of the network, state, two moments, weight,
+# gradient, and its product with the scales.
+NETWORK_COPIES = 8
 
 
 @dataclass(frozen=True)
@@ -39,13 +45,17 @@ class Options:
     bits_w: int = 4
     bits_a: int = 8
     iters: int = 1000
-    method: str = "ste"
+    method: str = "adaround"
     group_size: int = 0
     batch_size: int = 8
     lr: float | None = None  # None: the method's own, see RATES
     warmup: float = 0.2
     b_range: tuple[float, float] = (20.0, 2.0)
     reg: float = 0.01
+    activations_from: float = 0.75
+    bias_correction: bool = True
+    refine: int | None = None  # None: the model's own
+    calib_dir: str | Path | None = None  # None: the folder above the cache
     prefix: str = "fp"
     blocks: str | None = None
     quant_config: str | Path | None = None
@@ -66,13 +76,16 @@ class Options:
             ("iters", self.iters, 0),
             ("batch-size", self.batch_size, 1),
             ("seed", self.seed, 0),
+            ("refine", self.refine, 0),
         ):
-            if value < least:
+            if value is not None and value < least:
                 raise UserError(f"--{name} must be at least {least}, got {value}")
         if self.lr is not None and not self.lr > 0:
             raise UserError(f"--lr must be above 0, got {self.lr}")
         if not 0 <= self.warmup < 1:
             raise UserError(f"--warmup must be from 0 to below 1, got {self.warmup}")
+        if not 0 <= self.activations_from <= 1:
+            raise UserError(f"--activations-from must be 0 to 1, got {self.activations_from}")
         if not self.reg >= 0:
             raise UserError(f"--reg must be at least 0, got {self.reg}")
         if not self.b_range[0] >= self.b_range[1] > 1:
@@ -89,9 +102,17 @@ class Options:
             warmup=self.warmup,
             b_range=tuple(self.b_range),
             reg=self.reg,
+            activations_from=self.activations_from,
             seed=self.seed,
         )
-        return RoundingSettings(self.method, self.bits_w, self.bits_a, self.group_size, learning)
+        return RoundingSettings(
+            self.method,
+            self.bits_w,
+            self.bits_a,
+            self.group_size,
+            learning,
+            self.bias_correction,
+        )
 
 
 @dataclass(frozen=True)
@@ -104,11 +125,26 @@ class Plan:
     options: Options
     blocks: list[int]
     config: QuantConfig | None
+    trajectories: Trajectories | None  # only where the network is to be refined
+
+    @property
+    def refines(self) -> bool:
+        """Whether blocks are written for refining, and not as they are."""
+        return bool(self.options.refine)
+
+    @property
+    def whole(self) -> bool:
+        return len(self.blocks) == len(self.pipeline.transformer[BLOCKS])
+
+    @property
+    def part(self) -> str:
+        """Where rounded blocks are written."""
+        return BEFORE_REFINING if self.refines else FINAL
 
     def settings(self) -> dict[str, Any]:
         """Blocks are not among them, unless what is rounded depends on them."""
         chosen = dataclasses.asdict(self.options)
-        del chosen["quant_config"], chosen["blocks"]
+        del chosen["quant_config"], chosen["blocks"], chosen["calib_dir"]
         if self.options.prefix == "quantized":
             chosen["blocks"] = self.blocks
         return chosen
@@ -133,12 +169,43 @@ def make_plan(cache_dir: Path, folder: Path, model: str | None, options: Options
     cache = BlockCache.open(cache_dir, pipeline)
     depth = len(pipeline.transformer[BLOCKS])
     blocks = parse_blocks(options.blocks, depth)
+    options = dataclasses.replace(options, refine=refine_iterations(options, pipeline))
     for index in blocks:
         check_groups(pipeline, index, options.group_size)
     config = None
     if options.quant_config is not None:
         config = open_config(Path(options.quant_config), pipeline, blocks)
-    return Plan(folder, pipeline, cache, options, blocks, config)
+    trajectories = open_trajectories(options, cache, pipeline) if options.refine else None
+    return Plan(folder, pipeline, cache, options, blocks, config, trajectories)
+
+
+def refine_iterations(options: Options, pipeline: Pipeline) -> int:
+    """As asked for; else none for some blocks alone, or where the network is large."""
+    if options.refine is not None:
+        return options.refine
+    small = network_weights(pipeline) <= REFINED_BY_DEFAULT
+    return REFINE if small and options.blocks is None and options.method in LEARNED else 0
+
+
+def network_weights(pipeline: Pipeline) -> int:
+    """Of all linears that are rounded."""
+    return sum(linear.weight.size for linear in block_linears(pipeline.transformer).values())
+
+
+def open_trajectories(options: Options, cache: BlockCache, pipeline: Pipeline) -> Trajectories:
+    """The calibration folder that the cache was made from; refining noises its latents afresh."""
+    folder = Path(options.calib_dir or cache.folder.parent)
+    try:
+        trajectories = Trajectories.open(folder, pipeline)
+    except UserError as error:
+        raise UserError(
+            f"refining needs the calibration data that {cache.folder} was made from ({error}); "
+            "give its folder as --calib-dir, or --refine 0"
+        ) from None
+    wanted = {**cache.made_from, "calibration_hash": trajectories.hash}
+    way_out = "give the folder that it was made from as --calib-dir, or --refine 0"
+    require_match(cache.folder / MANIFEST_NAME, cache.made_from, wanted, way_out)
+    return trajectories
 
 
 def parse_blocks(text: str | None, depth: int) -> list[int]:
@@ -194,7 +261,7 @@ def disk_bytes(plan: Plan) -> int:
             rows, columns = linear.weight.shape
             groups = columns // (plan.options.group_size or columns)
             total += rows * (columns + 4 * groups + 4) + 4 * columns
-    return total
+    return 2 * total if plan.refines else total
 
 
 def memory_bytes_needed(plan: Plan) -> int:
@@ -213,9 +280,28 @@ def memory_bytes_needed(plan: Plan) -> int:
     return streams * data + 4 * (WEIGHT_COPIES * weights + batch * per_row)
 
 
-def require_memory(plan: Plan) -> int:
+def refining_bytes_needed(plan: Plan, ranks: int) -> int:
+    """At once, roughly: copies of all weights, and a minibatch's activations in every block."""
+    config, rows = plan.pipeline.transformer.config, plan.cache.metadata["rows"]
+    tokens = sum(plan.cache.metadata["tokens"])
+    per_row = tokens * config.hidden * ACTIVATIONS_PER_TOKEN
+    per_row += config.heads * tokens**2 * ATTENTION_COPIES
+    batch = rows * -(-plan.options.batch_size // ranks)
+    return 4 * (NETWORK_COPIES * network_weights(plan.pipeline) + batch * config.depth * per_row)
+
+
+def require_memory(plan: Plan, ranks: int = 1) -> int:
     """The estimate in bytes; more than the machine has is an error."""
     needed, available = memory_bytes_needed(plan), memory_bytes()
+    if plan.refines:
+        refining = refining_bytes_needed(plan, ranks)
+        if refining > available:
+            raise UserError(
+                f"--refine {plan.options.refine} needs about {human_bytes(refining)} of memory, "
+                f"there are {human_bytes(available)}; lower --batch-size "
+                f"{plan.options.batch_size}, share it among more GPUs, or give --refine 0"
+            )
+        needed = max(needed, refining)
     if needed > available:
         raise UserError(
             f"rounding needs about {human_bytes(needed)} of memory, there are "

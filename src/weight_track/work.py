@@ -36,14 +36,17 @@ from ..store import (
 from .blocks import (
     BlockWalk,
     activation_grids,
-    block_paths,
+    compiling_is_faster,
+    own_biases,
     put_rounded,
     rounded_layers,
     stand_in_block,
 )
 from .plan import Plan, disk_bytes, require_memory
+from .refine import refine_network, refined_line, write_refined
 
 CLOCK_FORMAT = "ditq-adaround-clock"
+REFINE_UNIT = "refine"
 
 
 def round_all(plan: Plan, force: bool = False) -> None:
@@ -54,8 +57,13 @@ def round_all(plan: Plan, force: bool = False) -> None:
             "--prefix quantized cannot be shared among processes: every block waits for the one "
             "before it; use --prefix fp, or one process"
         )
+    if plan.refines and plan.options.batch_size % ranks.size:
+        raise UserError(
+            f"--batch-size {plan.options.batch_size} cannot be shared among {ranks.size} processes "
+            f"for refining; give a multiple of {ranks.size}, or --refine 0"
+        )
     require_writable(plan.folder)
-    needed = require_memory(plan)
+    needed = require_memory(plan, ranks.size)
     with folder_lock(plan.folder, rank=ranks.store_rank):
         manifest = open_manifest(
             plan.folder,
@@ -65,19 +73,36 @@ def round_all(plan: Plan, force: bool = False) -> None:
             settings=plan.settings(),
             made_from=plan.made_from(),
             force=force,
-            own_files=["weights/mm*"],
+            own_files=["weights/mm*", "blocks/mm*", "clock/mm*"],
         )
         units = [unit_name(index) for index in plan.blocks]
+        refining = plan.refines and plan.whole and not manifest.done(REFINE_UNIT)
         if ranks.rank == 0:
             announce(plan, len(manifest.pending(units)), needed)
         work_through(plan, manifest, ranks)
         ranks.barrier()
+        if refining:
+            refined = refine_network(plan, ranks)
         if ranks.rank == 0:
             manifest.merge_ranks()
-            figures = {index: manifest.info(unit_name(index)) for index in plan.blocks}
-            write_config(plan, figures)
-            manifest.finish(units)
-            click.echo(ladder_table(figures))
+            if refining:
+                manifest.mark(REFINE_UNIT, write_refined(plan, refined), refined.figures())
+            conclude(plan, manifest, units)
+
+
+def conclude(plan: Plan, manifest: Manifest, units: list[str]) -> None:
+    """config.json, the finished manifest, and the closing table."""
+    figures = {index: manifest.info(unit_name(index)) for index in plan.blocks}
+    refined = None
+    if plan.refines and plan.whole:
+        units, refined = [*units, REFINE_UNIT], manifest.info(REFINE_UNIT)
+    write_config(plan, figures, refined)
+    manifest.finish(units)
+    click.echo(ladder_table(figures))
+    if refined is not None:
+        click.echo(refined_line(refined))
+    elif plan.refines:
+        click.echo("refining waits until all blocks are rounded: run again without --blocks")
 
 
 def unit_name(index: int) -> str:
@@ -86,7 +111,7 @@ def unit_name(index: int) -> str:
 
 def clock_file(folder: Path, index: int) -> Path:
     """Seconds and memory of a block: no two runs agree on them, so they are in no manifest."""
-    return folder / "weights" / f"mm{index}.clock.json"
+    return folder / "clock" / f"mm{index}.json"
 
 
 def announce(plan: Plan, pending: int, memory: int) -> None:
@@ -113,6 +138,7 @@ def work_through(plan: Plan, manifest: Manifest, ranks: Ranks) -> None:
         for index, data in walk:
             if index in todo:
                 start = time.perf_counter()
+                mx.reset_peak_memory()
                 rounded = round_one(plan, index, data, steps)
                 clock = {
                     "seconds": round(time.perf_counter() - start, 2),
@@ -122,18 +148,13 @@ def work_through(plan: Plan, manifest: Manifest, ranks: Ranks) -> None:
                     clock_file(plan.folder, index),
                     {"format": CLOCK_FORMAT, "version": OUTPUT_VERSION, **clock},
                 )
-                manifest.mark(unit_name(index), [block_file(index)], figures_of(rounded))
+                manifest.mark(unit_name(index), [block_file(index, plan.part)], figures_of(rounded))
                 tqdm.write(block_line(index, figures_of(rounded), clock))
                 bar.update()
             if bar.n == len(todo):
                 break
             if quantized:
                 walk.leave(rounded_before(plan, index), data)
-
-
-def compiling_is_faster() -> bool:
-    """On the CPU at the batch sizes that it can bear, starting a C++ compiler costs more."""
-    return mx.default_device() != mx.Device(mx.cpu)
 
 
 def round_one(plan: Plan, index: int, data: BlockData, steps: Steps) -> RoundedBlock:
@@ -144,15 +165,9 @@ def round_one(plan: Plan, index: int, data: BlockData, steps: Steps) -> RoundedB
         grids = activation_grids(plan.config, index, list(block.stand_ins), plan.cache.sigmas)
     settings = with_seed(plan.options.rounding(), plan.options.seed + index)
     rounded = round_block(block, data, settings, grids, len(plan.cache.step_keys), steps)
-    layers = rounded_layers(index, block, rounded, own_biases(plan, index))
-    save_rounded_block(plan.folder, index, layers)
+    layers = rounded_layers(index, block, rounded, own_biases(plan.pipeline.transformer, index))
+    save_rounded_block(plan.folder, index, layers, plan.part)
     return rounded
-
-
-def own_biases(plan: Plan, index: int) -> dict[str, mx.array | None]:
-    """The 16-bit model's biases, by path within the block."""
-    linears = block_paths(plan.pipeline.transformer, index)
-    return {path: linear.get("bias") for path, linear in linears.items()}
 
 
 def rounded_before(plan: Plan, index: int) -> Any:
@@ -160,9 +175,9 @@ def rounded_before(plan: Plan, index: int) -> Any:
     if index not in plan.blocks:
         return plan.pipeline.transformer.multimodal_transformer_blocks[index]
     block = stand_in_block(plan.pipeline.transformer, index, plan.config)
-    layers = load_rounded_block(plan.folder, index)
-    put_rounded(block, index, layers, own_biases(plan, index))
-    return block.block
+    layers = load_rounded_block(plan.folder, index, plan.part)
+    put_rounded(block, index, layers, own_biases(plan.pipeline.transformer, index))
+    return block.module
 
 
 def figures_of(rounded: RoundedBlock) -> dict[str, Any]:
@@ -187,8 +202,10 @@ def block_line(index: int, figures: dict[str, Any], clock: dict[str, Any]) -> st
     )
 
 
-def write_config(plan: Plan, figures: dict[int, dict[str, Any]]) -> None:
-    """config.json: settings, versions, sources, and every block's figures."""
+def write_config(
+    plan: Plan, figures: dict[int, dict[str, Any]], refined: dict[str, Any] | None
+) -> None:
+    """config.json: settings, versions, sources, every block's figures and those of refining."""
     clocks = {}
     for index in figures:
         path = clock_file(plan.folder, index)
@@ -206,6 +223,7 @@ def write_config(plan: Plan, figures: dict[int, dict[str, Any]]) -> None:
             "step_keys": plan.cache.step_keys,
             "sigmas": plan.cache.sigmas,
             "blocks": {str(index): own for index, own in figures.items()},
+            "refined": refined,
             "clock": clocks,
         },
     )
