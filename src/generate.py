@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import click
+import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from .cli import Bar, command, peak_memory_bytes
 from .errors import UserError
-from .models.load import MODELS, load_pipeline
+from .inference.low_memory import KERNEL
+from .inference.low_memory import low_memory as lowered
+from .inference.saved import check_sigmas, is_saved, open_pipeline, reread_saved
+from .models.load import MODELS
 from .sampling import SAMPLERS, Callback
 from .store import atomic_write, human_bytes, require_writable
 
@@ -29,32 +34,44 @@ def generate(
     width: int | None = None,
     sampler: str = "euler",
     eta: float = 0.0,
+    kernel: str | None = None,
+    low_memory: bool = False,
     callbacks: Sequence[Callback] = (),
 ) -> list[Path]:
     """Writes one PNG a prompt and gives their paths; prompt i is drawn with seed + i."""
     paths = output_paths(Path(output), len(prompts))
     require_writable(paths[0].parent)
-    pipeline = load_pipeline(model)
+    if low_memory and kernel is None and is_saved(model):
+        kernel = KERNEL
+    pipeline = open_pipeline(model, kernel=kernel)
+    check_sigmas(pipeline.transformer, pipeline.sigmas(num_steps)[:-1].tolist())
     seeds = [seed + i for i in range(len(prompts))]
-    latent = pipeline.sample(
-        prompts,
-        seeds,
-        num_steps=num_steps,
-        cfg_weight=cfg_weight,
-        height=height,
-        width=width,
-        sampler=sampler,
-        eta=eta,
-        callbacks=callbacks,
-    )
+    reread = reread_saved(model) if is_saved(model) else None
+    with lowered(pipeline, reread) if low_memory else nullcontext():
+        latent = pipeline.sample(
+            prompts,
+            seeds,
+            num_steps=num_steps,
+            cfg_weight=cfg_weight,
+            height=height,
+            width=width,
+            sampler=sampler,
+            eta=eta,
+            callbacks=callbacks,
+        )
     pictures = pipeline.decode(latent)
     for path, picture, prompt, own_seed in zip(paths, pictures, prompts, seeds, strict=True):
-        info = PngInfo()
-        for key, value in (("prompt", prompt), ("seed", str(own_seed)), ("model", model)):
-            info.add_itxt(key, value)
-        with atomic_write(path) as file:
-            Image.fromarray(picture).save(file, "PNG", pnginfo=info)
+        write_picture(path, picture, prompt=prompt, seed=own_seed, model=pipeline.name)
     return paths
+
+
+def write_picture(path: Path, picture: np.ndarray, *, prompt: str, seed: int, model: str) -> None:
+    """A PNG that says what it shows; `model` is the pipeline's own name."""
+    info = PngInfo()
+    for key, value in (("prompt", prompt), ("seed", str(seed)), ("model", model)):
+        info.add_itxt(key, value)
+    with atomic_write(path) as file:
+        Image.fromarray(picture).save(file, "PNG", pnginfo=info)
 
 
 def output_paths(output: Path, count: int) -> list[Path]:
@@ -71,7 +88,9 @@ def output_paths(output: Path, count: int) -> list[Path]:
 
 
 @command()
-@click.option("--model", default="nano", help=f"Name ({', '.join(MODELS)}) or a pipeline's folder.")
+@click.option(
+    "--model", default="nano", help=f"Name ({', '.join(MODELS)}), a pipeline's or saved folder."
+)
 @click.option("--prompt", "prompts", multiple=True, required=True, help="Repeat it for several.")
 @click.option("--output", default="picture.png", help="PNG to write; several get a number each.")
 @click.option("--seed", default=0, help="Of the first picture; the next ones count up.")
@@ -83,6 +102,10 @@ def output_paths(output: Path, count: int) -> list[Path]:
 @click.option("--width", type=int, help="In pixels.  [the model's]")
 @click.option("--sampler", default="euler", help=f"One of: {', '.join(SAMPLERS)}.")
 @click.option("--eta", default=0.0, help="Share of fresh noise a step, for ddim.")
+@click.option("--kernel", help="Of a saved quantized model: how it multiplies.  [the fastest]")
+@click.option(
+    "--low-memory", is_flag=True, help="Keep no modulation weights while denoising.  [off]"
+)
 def main(prompts: tuple[str, ...], output: str, **settings: object) -> None:
     """Draw pictures from prompts.
 

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 from src.errors import UserError
 from src.generate import generate
+from src.inference.low_memory import KERNEL, low_memory
 from src.models.load import load_pipeline
+from src.sampling import Noise, denoise
 from src.store import save_tensors
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 from PIL import Image
 
 from .helpers import ROOT, assert_one_error_line, run, run_here
+from .quantized_models import quantized_pipeline
 
 PROMPT = "a large red star in the center on a night background"
 OTHER = "a small blue ring at the top on a night background"
@@ -67,6 +72,33 @@ def test_guidance_and_prompt_change_the_latent():
         pipeline.sample([PROMPT, OTHER], [0])
     with pytest.raises(UserError, match="no prompt"):
         pipeline.sample([], [])
+
+
+class Counted(nn.Module):
+    """A layer that counts how often Python calls it: once a trace where its model is compiled."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer, self.calls = layer, []
+
+    def __call__(self, x: mx.array) -> mx.array:
+        self.calls.append(None)
+        return self.layer(x)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("low", [False, True])
+def test_fifty_quantized_steps_are_compiled_once(low):
+    """On GPUs each trace would cost seconds; the activation grid changes at every step."""
+    pipeline = quantized_pipeline(kernel=KERNEL)
+    counted = Counted(pipeline.transformer.context_embedder)
+    pipeline.transformer.context_embedder = counted
+    sigmas = pipeline.sigmas(50)
+    with low_memory(pipeline) if low else nullcontext():
+        conditioning = pipeline.condition([PROMPT], 4.0)
+        velocity = pipeline.velocity(conditioning, 4.0, sigmas[:-1].tolist(), compiled=True)
+        denoise(velocity, Noise([0]), sigmas, (8, 8, 16))
+    assert len(counted.calls) == 1
 
 
 def test_a_pipelines_folder_loads_from_any_path(tmp_path):
@@ -143,6 +175,7 @@ def test_command_ends_with_one_line_about_what_was_made(tmp_path):
         (["--cfg-weight", "-2"], ["guidance", "-2"]),
         (["--sampler", "heun"], ["'heun'", "euler, ddim"]),
         (["--eta", "0.5"], ["ddim"]),
+        (["--kernel", "dense"], ["--kernel dense", "tiny"]),
         (["--output", "x.jpg"], ["x.jpg", ".png"]),
         (["--output", "."], [".png"]),
         (["--output", "/dev/null/x.png"], ["/dev/null"]),

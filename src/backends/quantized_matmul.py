@@ -21,15 +21,19 @@ class QuantizedMatmul:
         """
         if Device.here().kind == "cpu":
             dtype = mx.float32  # in 16 bits the CPU's product would also add in 16 bits
-        outside, rows = {}, weight.packed.shape[0]
+        outside, rows, offset = {}, weight.packed.shape[0], -(2 ** (weight.bits - 1))
         if weight.groups > 1:
-            inside = weight.scales
+            inside, biases = weight.scales, offset * weight.scales
         else:
             unit = 1.0 if dtype == mx.float32 else sixteen_bit_unit(weight, largest)
             size = next(size for size in GROUP_SIZES if weight.columns % size == 0)
-            inside = mx.full((rows, weight.columns // size), unit, dtype=dtype)
+            shape = (rows, weight.columns // size)
+            # One number each, not a matrix of them: they would take an eighth of the codes.
+            inside, biases = (
+                mx.broadcast_to(mx.array(value, dtype=dtype), shape)
+                for value in (unit, offset * unit)
+            )
             outside = {"outside": weight.scales[:, 0] / unit}
-        biases = -(2 ** (weight.bits - 1)) * inside
         return {"packed": weight.packed, "inside": inside, "biases": biases, **outside}
 
     def multiply(

@@ -7,6 +7,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from ..errors import UserError
+from ..store import read_json
 from .checkpoints import load_transformer
 from .nano.assembly import load_folder_pipeline, tiny_pipeline
 from .pipeline import Pipeline
@@ -28,6 +29,11 @@ def load_pipeline(model: str, dtype: mx.Dtype | None = None) -> Pipeline:
         return tiny_pipeline(dtype, model)
     path = NANO if model == "nano" else Path(model)
     if (path / "config.json").is_file():
+        if "ditq" in read_json(path / "config.json"):
+            raise UserError(
+                f"{model} holds a quantized model, which `ditq generate` runs; give the 16-bit "
+                "model that it was made from"
+            )
         return load_folder_pipeline(path, dtype)
     if path.exists():
         load_transformer(path)  # names what is wrong with a checkpoint of another architecture

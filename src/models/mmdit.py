@@ -12,6 +12,7 @@ place where q and k are made, in the stead of `PositionEmbedding`.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
@@ -20,6 +21,7 @@ import mlx.nn as nn
 
 from ..errors import UserError
 from .configs import MMDiTConfig
+from .paths import BLOCKS, MODULATION
 
 NORM_EPS = 1e-6
 MAX_PERIOD = 10000.0
@@ -127,9 +129,16 @@ class Modulation(nn.Module):
         self._parts = parts
 
     def __call__(self, conditioning: mx.array) -> list[mx.array]:
+        return self.split(self.vector(conditioning))
+
+    def vector(self, conditioning: mx.array) -> mx.array:
+        """All parts in one, (batch, parts·hidden)."""
         for layer in self.layers:
             conditioning = layer(conditioning)
-        return mx.split(conditioning, self._parts, axis=-1)
+        return conditioning
+
+    def split(self, vector: mx.array) -> list[mx.array]:
+        return mx.split(vector, self._parts, axis=-1)
 
 
 class StreamBlock(nn.Module):
@@ -200,8 +209,16 @@ class JointBlock(nn.Module):
     ) -> tuple[mx.array, mx.array | None]:
         """(batch, tokens, hidden) of both streams in and out; the last block gives no text."""
         image_block, text_block = self.image_transformer_block, self.text_transformer_block
-        image_parts = image_block.adaLN_modulation(conditioning)
-        text_parts = text_block.adaLN_modulation(conditioning)
+        vectors = (b.adaLN_modulation.vector(conditioning) for b in (image_block, text_block))
+        return self.modulated(image, text, *vectors)
+
+    def modulated(
+        self, image: mx.array, text: mx.array, image_vector: mx.array, text_vector: mx.array
+    ) -> tuple[mx.array, mx.array | None]:
+        """The same under what the two modulations have made of the conditioning."""
+        image_block, text_block = self.image_transformer_block, self.text_transformer_block
+        image_parts = image_block.adaLN_modulation.split(image_vector)
+        text_parts = text_block.adaLN_modulation.split(text_vector)
         image_qkv, image_inner = image_block.before(image, image_parts)
         text_qkv, _ = text_block.before(text, text_parts)
         joined = (mx.concatenate(pair, axis=2) for pair in zip(image_qkv, text_qkv, strict=True))
@@ -219,8 +236,9 @@ class FinalLayer(nn.Module):
         self.linear = nn.Linear(config.hidden, config.patch**2 * config.latent_channels)
         self.adaLN_modulation = Modulation(config, 2)
 
-    def __call__(self, x: mx.array, conditioning: mx.array) -> mx.array:
-        return self.linear(modulate(x, *self.adaLN_modulation(conditioning)))
+    def __call__(self, x: mx.array, vector: mx.array) -> mx.array:
+        """`vector` is what the modulation has made of the conditioning."""
+        return self.linear(modulate(x, *self.adaLN_modulation.split(vector)))
 
 
 class NoiseLevel(Protocol):
@@ -248,8 +266,8 @@ class MMDiT(nn.Module):
         self.final_layer = FinalLayer(config)
         self._level: NoiseLevel | None = None
 
-    def follow(self, level: NoiseLevel) -> None:
-        """Every call sets the level from its timesteps from now on."""
+    def follow(self, level: NoiseLevel | None) -> None:
+        """Every call sets the level from its timesteps from now on; None ends that."""
         self._level = level
 
     def set_sigma(self, sigma: mx.array | float) -> None:
@@ -257,33 +275,60 @@ class MMDiT(nn.Module):
         if self._level is not None:
             self._level.set_sigma(sigma)
 
+    def modulation_layers(self) -> dict[str, Modulation]:
+        """All modulations by path: both streams' of each block, then the final layer's."""
+        layers = {
+            f"{BLOCKS}.{index}.{stream}.{MODULATION}": block[stream].adaLN_modulation
+            for index, block in enumerate(self.multimodal_transformer_blocks)
+            for stream in ("image_transformer_block", "text_transformer_block")
+        }
+        return {**layers, f"final_layer.{MODULATION}": self.final_layer.adaLN_modulation}
+
     def conditioning(self, pooled: mx.array, timestep: mx.array) -> mx.array:
         """What every modulation reads, (batch, hidden)."""
         features = timestep_features(timestep, self.config.frequency_dim)
         return self.y_embedder(pooled) + self.t_embedder(features.astype(pooled.dtype))
 
     def __call__(
-        self, latent: mx.array, text: mx.array, pooled: mx.array, timestep: mx.array
+        self,
+        latent: mx.array,
+        text: mx.array,
+        pooled: mx.array,
+        timestep: mx.array,
+        vectors: Sequence[mx.array] | None = None,
     ) -> mx.array:
         """Velocity of the (batch, height, width, channels) latent.
 
         text is (batch, tokens, text_dim), pooled (batch, pooled_dim), timestep (batch,) in
-        thousandths of sigma, one per sample.
+        thousandths of sigma, one per sample. `vectors` are what the modulation layers, in their
+        order, have made of pooled and timestep, where that is known already.
         """
         with nullcontext() if self._level is None else self._level.at(timestep / 1000):
-            return self.velocity(latent, text, pooled, timestep)
+            return self.velocity(latent, text, pooled, timestep, vectors)
 
     def velocity(
-        self, latent: mx.array, text: mx.array, pooled: mx.array, timestep: mx.array
+        self,
+        latent: mx.array,
+        text: mx.array,
+        pooled: mx.array,
+        timestep: mx.array,
+        vectors: Sequence[mx.array] | None = None,
     ) -> mx.array:
         """The call itself, at the level that is set."""
         rows, columns = self.patch_grid(latent)
-        conditioning = self.conditioning(pooled, timestep)
         image = self.x_embedder(latent) + self.x_pos_embedder(rows, columns)
         text = self.context_embedder(text)
-        for block in self.multimodal_transformer_blocks:
-            image, text = block(image, text, conditioning)
-        return self.unpatch(self.final_layer(image, conditioning), rows, columns)
+        blocks = self.multimodal_transformer_blocks
+        if vectors is None:
+            conditioning = self.conditioning(pooled, timestep)
+            for block in blocks:
+                image, text = block(image, text, conditioning)
+            last = self.final_layer.adaLN_modulation.vector(conditioning)
+        else:
+            last = vectors[-1]
+            for index, block in enumerate(blocks):
+                image, text = block.modulated(image, text, *vectors[2 * index : 2 * index + 2])
+        return self.unpatch(self.final_layer(image, last), rows, columns)
 
     def patch_grid(self, latent: mx.array) -> tuple[int, int]:
         """Rows and columns of patches; an impossible resolution is an error."""

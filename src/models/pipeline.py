@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import mlx.core as mx
@@ -49,6 +50,13 @@ class TextEncoder(Protocol):
         """Raises for a prompt that it cannot read, without encoding it."""
 
 
+class ModulateAhead(Protocol):
+    def __call__(
+        self, conditioning: Conditioning, sigmas: Sequence[float]
+    ) -> Callable[[mx.array], list[mx.array]]:
+        """From each of the sigmas to what the transformer's modulation layers give there."""
+
+
 @dataclass
 class Pipeline:
     """Everything between a prompt and its picture."""
@@ -61,6 +69,7 @@ class Pipeline:
     codec: Codec
     defaults: Defaults
     dtype: mx.Dtype
+    modulate_ahead: ModulateAhead | None = None
 
     def condition(
         self, prompts: Sequence[str], cfg_weight: float, negative: str = ""
@@ -74,18 +83,38 @@ class Pipeline:
         return self.encode_text(rows)
 
     def velocity(
-        self, conditioning: Conditioning, cfg_weight: float
+        self,
+        conditioning: Conditioning,
+        cfg_weight: float,
+        sigmas: Sequence[float] | None = None,
+        compiled: bool | None = None,
     ) -> Callable[[mx.array, mx.array], mx.array]:
-        """The guided velocity of (latent, sigma) under one conditioning."""
+        """The guided velocity of (latent, sigma) under one conditioning.
 
-        def guided_velocity(latent: mx.array, sigma: mx.array) -> mx.array:
+        It is compiled unless it runs on the CPU, where that starts a C++ compiler for little gain;
+        `compiled` says otherwise. Where modulation is computed ahead, it is so for `sigmas`, and
+        the velocity is for these only.
+        """
+
+        def guided_velocity(
+            latent: mx.array, sigma: mx.array, vectors: Sequence[mx.array] | None = None
+        ) -> mx.array:
             text, pooled = conditioning.text, conditioning.pooled
-            return guided(self.transformer, latent, sigma, text, pooled, cfg_weight)
+            model = partial(self.transformer, vectors=vectors)
+            return guided(model, latent, sigma, text, pooled, cfg_weight)
 
-        # Compiling on the CPU starts a C++ compiler for little gain.
-        if mx.default_device() == mx.Device(mx.cpu):
-            return guided_velocity
-        return mx.compile(guided_velocity, inputs=self.transformer.state)
+        run = guided_velocity
+        if mx.default_device() != mx.Device(mx.cpu) if compiled is None else compiled:
+            run = mx.compile(guided_velocity, inputs=self.transformer.state)
+        if self.modulate_ahead is None or sigmas is None:
+            return run
+        vectors_at = self.modulate_ahead(conditioning, sigmas)
+        return lambda latent, sigma: run(latent, sigma, vectors_at(sigma))
+
+    def sigmas(self, num_steps: int | None = None) -> np.ndarray:
+        """The model's schedule, for its own number of steps if none is given; the last one is 0."""
+        steps = self.defaults.num_steps if num_steps is None else num_steps
+        return sd3_sigmas(steps, self.defaults.shift)
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """(height, width, channels) of the latent for a picture's size in pixels."""
@@ -116,16 +145,16 @@ class Pipeline:
         """One latent per prompt and seed; what is not given is the model's default."""
         if len(prompts) != len(seeds):
             raise UserError(f"{len(prompts)} prompts but {len(seeds)} seeds; one each is needed")
-        defaults = self.defaults
+        defaults, sigmas = self.defaults, self.sigmas(num_steps)
         weight = defaults.cfg_weight if cfg_weight is None else cfg_weight
-        steps = defaults.num_steps if num_steps is None else num_steps
-        sigmas = sd3_sigmas(steps, defaults.shift)
         shape = self.latent_shape(
             defaults.height if height is None else height,
             defaults.width if width is None else width,
         )
         noise = Noise(seeds)
-        velocity = self.velocity(self.condition(prompts, weight, negative), weight)
+        velocity = self.velocity(
+            self.condition(prompts, weight, negative), weight, sigmas[:-1].tolist()
+        )
         return denoise(
             velocity, noise, sigmas, shape, sampler=sampler, eta=eta, callbacks=callbacks
         )

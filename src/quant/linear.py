@@ -144,6 +144,7 @@ class QuantizedLinear(nn.Module):
         packed = Weight(self.weight, self.scales, self.bits)
         device, quantizes = Device.here(), "a_scale" in self and not runtime.weights_only
         shape = (len(self.weight), packed.columns)
+        self._runtime = runtime
         self._backend = runtime.backend or select(device, runtime.rows, *shape)
         self._quantizes, self._per_token = quantizes, runtime.a_scale == "token"
         # On the CPU 16-bit products are slow.
@@ -154,6 +155,30 @@ class QuantizedLinear(nn.Module):
             self._table = spread_table(np.array(self.a_scale).tolist(), self.a_bits.tolist())
             self._step = runtime.step or Step(Schedule((1.0,)))
             self.check_steps()
+
+    @property
+    def kernel(self) -> str:
+        """Name of the backend that multiplies."""
+        return self._backend.name
+
+    @property
+    def runtime(self) -> Runtime:
+        """As it was given: its backend is none where each layer has chosen its own."""
+        return self._runtime
+
+    @property
+    def grid(self) -> LayerConfig | None:
+        """The activation grid that the layer was made with, smoothing included."""
+        if "a_scale" not in self:
+            return None
+        shift = np.array(self.shift) if "shift" in self else None
+        return LayerConfig(
+            self.a_bits.tolist(),
+            self.a_scale.tolist(),
+            shift[0] if shift is not None and len(shift) == 1 else shift,
+            np.array(self.smoothing) if "smoothing" in self else None,
+            *self._coarse,
+        )
 
     def largest_code(self) -> int:
         """Of the input, at any step: whole numbers, also where some are multiples of `coarse`."""
@@ -196,7 +221,7 @@ class QuantizedLinear(nn.Module):
             text += f", {part}" if part in self else ""
         if "low_rank_up" in self:
             text += f", low_rank={self.low_rank_up.shape[1]}"
-        return f"{text}, kernel={self._backend.name}"
+        return f"{text}, kernel={self.kernel}"
 
     def __call__(self, x: mx.array) -> mx.array:
         """(…, columns) to (…, rows), in the dtype of x; what precedes the tokens is the batch."""

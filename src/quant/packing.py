@@ -9,7 +9,7 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 
-from ..backends.weight import PACKED_COLUMNS, check_mlx_bits, unpack
+from ..backends.weight import PACKED_COLUMNS, Weight, check_mlx_bits, unpack
 from ..errors import UserError
 from .grid import code_range
 
@@ -53,16 +53,21 @@ def to_affine(
 
     `scale` is (rows, groups); one for the whole row is repeated for MLX's largest group.
     """
-    packed, scale = pack_codes(codes, bits), mx.array(scale).astype(mx.float32)
-    columns = codes.shape[1]
-    size = columns // scale.shape[1]
-    if scale.shape[1] == 1:
+    weight = Weight(pack_codes(codes, bits), mx.array(scale).astype(mx.float32), bits)
+    return weight.packed, *affine_scales(weight)
+
+
+def affine_scales(weight: Weight) -> tuple[mx.array, mx.array, int]:
+    """Scales, biases and the group size that MLX reads packed codes with, float32."""
+    scale, columns = weight.scales, weight.columns
+    size = columns // weight.groups
+    if weight.groups == 1:
         size = next(size for size in MLX_GROUP_SIZES if columns % size == 0)
         scale = mx.repeat(scale, columns // size, axis=1)
-    if size not in MLX_GROUP_SIZES or columns % size:
+    if size not in MLX_GROUP_SIZES:
         valid = ", ".join(map(str, sorted(MLX_GROUP_SIZES)))
         raise UserError(f"groups of {size} of {columns} columns are not MLX's; valid: {valid}")
-    return packed, scale, -(2 ** (bits - 1)) * scale, size
+    return scale, -(2 ** (weight.bits - 1)) * scale, size
 
 
 def from_affine(

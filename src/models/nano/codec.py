@@ -103,6 +103,7 @@ class Codec(nn.Module):
     def __init__(self, config: CodecConfig | None = None) -> None:
         super().__init__()
         config = config or CodecConfig()
+        self.config = config
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
         self.mean = mx.zeros((config.latent_channels,))

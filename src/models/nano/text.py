@@ -27,6 +27,7 @@ class TextEncoder(nn.Module):
     def __init__(self, config: TextConfig | None = None) -> None:
         super().__init__()
         config = config or TextConfig()
+        self.config = config
         self.words = nn.Embedding(config.vocabulary, config.dim)
         self.positions = nn.Embedding(config.max_words, config.dim)
         self.layers = [

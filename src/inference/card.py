@@ -1,0 +1,66 @@
+"""The model card of a saved model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+HEAD = """\
+---
+library_name: mlx
+pipeline_tag: text-to-image
+tags:
+- mlx
+- ditq
+---
+"""
+
+MLX = """\
+`model.safetensors` is in MLX's affine packing, so MLX's own layers read it:
+
+```python
+import json, mlx.core as mx, mlx.nn as nn
+
+config = json.load(open("config.json"))["quantization"]
+tensors = mx.load("model.safetensors")
+path = "{path}"
+rows, words = tensors[f"{{path}}.weight"].shape
+kind = config.get(path, config)
+layer = nn.QuantizedLinear(
+    words * 32 // kind["bits"], rows, group_size=kind["group_size"], bits=kind["bits"]
+)
+names = ("weight", "scales", "biases", "bias")
+layer.load_weights([(name, tensors[f"{{path}}.{{name}}"]) for name in names])
+```
+
+A layer that has a `shift` or a `smoothing` in `ditq.safetensors` expects (x - shift) / smoothing.
+"""
+
+
+def model_card(
+    name: str, details: Mapping[str, Any], table: Mapping[str, Any], parts: Sequence[str]
+) -> str:
+    """README.md: what the model is, how it was made and how it runs."""
+    made_from, layers = details["made_from"], details["layers"]
+    whole = f"{table['bits']}-bit weights in {len(layers)} layers"
+    inputs = "activations in floats"
+    if details["sigmas"] is not None and not details["weights_only"]:
+        inputs = f"quantized activations ({details['a_scale']} scales)"
+    others = sorted({f"{k['bits']}-bit" for p, k in table.items() if is_other(p, k, layers)})
+    modulation = f"; modulation in {', '.join(others)} weights" if others else ""
+    lines = [HEAD, f"# {name}", ""]
+    lines += [f"{made_from['model']}, quantized by ditq: {whole}, {inputs}"]
+    lines[-1] += f"{modulation}."
+    if parts:
+        lines += ["", "```sh", 'ditq generate --model . --prompt "..." --output picture.png', "```"]
+    else:
+        lines += ["", "The folder holds the transformer only, without text encoders and VAE."]
+    lines += ["", "## Made from", "", "| | |", "|---|---|"]
+    lines += [f"| {key} | {value} |" for key, value in sorted(made_from.items())]
+    lines += [f"| {key} | {value} |" for key, value in sorted(details["settings"].items())]
+    lines += ["", "## With MLX alone", "", MLX.format(path=next(iter(layers)))]
+    return "\n".join(lines)
+
+
+def is_other(path: str, kind: Any, layers: Mapping[str, Any]) -> bool:
+    return isinstance(kind, dict) and path not in layers

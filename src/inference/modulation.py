@@ -1,0 +1,43 @@
+"""Modulation linears with 8-bit weights, by MLX's own layer; their inputs stay in floats."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_unflatten
+
+from ..models.mmdit import MMDiT
+from ..quant.packing import MLX_GROUP_SIZES
+
+BITS = 8
+
+
+def quantize_modulation(transformer: MMDiT, bits: int = BITS, group_size: int = 128) -> list[str]:
+    """Replaces the modulation linears that are not quantized yet; returns their paths.
+
+    Scales and biases are kept in 16 bits. Where the group size does not divide a layer's input,
+    the next smaller of MLX's does.
+    """
+    replacements = []
+    for path, layer in transformer.modulation_layers().items():
+        linear = layer.layers[1]
+        if isinstance(linear, nn.Linear):
+            columns = linear.weight.shape[1]
+            sizes = [s for s in MLX_GROUP_SIZES if s <= group_size and columns % s == 0]
+            replacements.append((f"{path}.layers.1", rounded(linear, bits, sizes[0])))
+    transformer.update_modules(tree_unflatten(replacements))
+    return [path for path, _ in replacements]
+
+
+def rounded(linear: nn.Linear, bits: int, group_size: int) -> nn.QuantizedLinear:
+    """The layer with its weight on MLX's affine grid."""
+    weight, bias = linear.weight, linear.get("bias")
+    rows, columns = weight.shape
+    if weight.dtype == mx.float32:
+        weight = weight.astype(mx.float16)
+    layer = nn.QuantizedLinear(columns, rows, bias is not None, group_size, bits)
+    layer.weight, layer.scales, layer.biases = mx.quantize(weight, group_size, bits)
+    if bias is not None:
+        layer.bias = bias
+    mx.eval(layer.parameters())
+    return layer
