@@ -11,7 +11,7 @@ endif
 comma := ,
 EXTRAS := $(if $(BACKEND),$(BACKEND)$(comma))dev
 
-.PHONY: install demo test test-fast test-sd3 lint blas clean
+.PHONY: install demo test test-fast test-sd3 lint blas browser clean
 
 install: $(VENV)/installed blas
 
@@ -24,11 +24,15 @@ $(VENV)/installed: pyproject.toml
 blas:
 	@sh tools/install_blas.sh
 
+# The tests look at the report's page in a real browser; nothing else needs one.
+browser: $(VENV)/installed
+	@sh tools/install_browser.sh $(BIN)/python
+
 demo: install
 	$(BIN)/ditq doctor
 	$(BIN)/ditq demo
 
-test: install
+test: install browser
 	$(BIN)/python -m pytest -m "not sd3"
 
 test-fast: install

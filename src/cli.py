@@ -30,6 +30,7 @@ COMMANDS = {
     "adaround-optimize": "adaround_optimize",
     "collect-layer-activations": "collect_layer_activations",
     "analyze-activations": "analyze_activations",
+    "load-adaround-model": "load_adaround_model",
 }
 
 

@@ -15,12 +15,6 @@ def sqnr_db(reference: mx.array, approximation: mx.array) -> float:
     return decibel(signal, error)
 
 
-def psnr(reference: mx.array, approximation: mx.array, peak: float = 1.0) -> float:
-    """Peak signal over root mean squared error; `peak` is the range of the values."""
-    difference = reference.astype(mx.float32) - approximation.astype(mx.float32)
-    return decibel(peak**2, mx.mean(mx.square(difference)).item())
-
-
 def decibel(signal: float, error: float) -> float:
     """10·log10 of a ratio of powers; no error is infinite, no signal is minus infinite."""
     if error == 0:

@@ -62,3 +62,4 @@ class Report:
     step_db: Mapping[str, Sequence[float]] = field(default_factory=dict)  # what: dB by sigma
     sigmas: Sequence[float] = ()  # of step_db
     costs: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # figure: model: value
+    highlights: Mapping[str, str] = field(default_factory=dict)  # what: figure, a few for the top
