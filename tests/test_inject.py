@@ -17,7 +17,7 @@ from src.quant.artifacts import (
     save_rounded_block,
 )
 from src.quant.grid import absmax_scale, nearest_codes
-from src.quant.inject import inject
+from src.quant.inject import check_layers, inject, injected
 from src.quant.linear import QuantizedLinear
 from src.quant.loading import check_config, load_rounded
 from src.sampling import guided, sd3_sigmas
@@ -53,9 +53,11 @@ def config_for(layers, **model) -> QuantConfig:
     return QuantConfig(model, list(range(10)), SIGMAS, grids)
 
 
-def write_folder(folder, pipeline, layers, model_hash=None, bits=4, blocks=(0, 1)) -> None:
+def write_folder(
+    folder, pipeline, layers, model_hash=None, bits=4, blocks=(0, 1), **hashes
+) -> None:
     """What the weight track leaves behind."""
-    made_from = {"model": pipeline.name, "model_hash": model_hash or pipeline.hash}
+    made_from = {"model": pipeline.name, "model_hash": model_hash or pipeline.hash, **hashes}
     manifest = Manifest.open(
         folder,
         format=OUTPUT_FORMAT,
@@ -179,6 +181,34 @@ def test_smoothing_that_was_not_folded_in_is_left_out_loudly():
         inject(pipeline.transformer, layers, config=config)
     config.layers[FC2] = dataclasses.replace(config.layers[FC2], smoothing=2 * smoothing)
     assert inject(pipeline.transformer, layers, config=config).notes == []
+
+
+def test_a_shift_that_weights_were_not_rounded_with_changes_nothing_in_floats():
+    """Their biases are corrected for the whole input, which a shift must not do a second time."""
+    pipeline = load_pipeline("tiny")
+    corrected = {
+        path: dataclasses.replace(layer, bias=np.linspace(-1, 1, len(layer.codes), dtype="float32"))
+        for path, layer in rounded_layers(pipeline).items()
+    }
+    config, plain = config_for(corrected), load_pipeline("tiny")
+    inject(plain.transformer, corrected)
+    wanted = velocity(plain, 0.5)
+    for folded in (False, True):
+        shifted = load_pipeline("tiny")
+        inject(shifted.transformer, corrected, config=config, folded=folded, weights_only=True)
+        error = relative_error(velocity(shifted, 0.5), wanted)
+        assert (error > 1e-3) if folded else (error < 1e-5)
+
+
+def test_layers_leave_when_their_context_ends():
+    pipeline = load_pipeline("tiny")
+    layers, exact = rounded_layers(pipeline), velocity(pipeline, 0.5)
+    checked = check_layers(pipeline.transformer, layers, config=config_for(layers))
+    np.testing.assert_array_equal(velocity(pipeline, 0.5), exact)
+    with pytest.raises(RuntimeError), injected(pipeline.transformer, checked, a_scale="token"):
+        assert relative_error(velocity(pipeline, 0.5), exact) > 1e-3
+        raise RuntimeError
+    np.testing.assert_array_equal(velocity(pipeline, 0.5), exact)
 
 
 def test_folders_that_are_not_whole_are_refused(tmp_path):

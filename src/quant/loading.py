@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..store import MANIFEST_NAME, read_manifest, require_match
+from ..store import MANIFEST_NAME, read_json, read_manifest, require_match
 from .artifacts import (
     OUTPUT_FORMAT,
     OUTPUT_VERSION,
@@ -36,13 +36,14 @@ class RoundedModel:
 def load_rounded(folder: str | Path, model: str, model_hash: str, blocks: int) -> RoundedModel:
     """The rounded weights of a model with that many blocks; every file's hash is checked."""
     folder = Path(folder)
+    require_folder(folder)
+    if (folder / MANIFEST_NAME).exists():
+        check_source(folder, model, model_hash)  # before blocks of another model are counted
     check_files(folder, blocks)
     manifest = read_manifest(folder, OUTPUT_FORMAT, OUTPUT_VERSION, HINT, verify=True)
     made_from, settings = manifest.get("made_from"), manifest.get("settings")
-    if not isinstance(made_from, dict) or not isinstance(settings, dict):
-        raise UserError(f"{folder / MANIFEST_NAME} has no made_from and settings; {HINT}")
-    wanted = {**made_from, "model": model, "model_hash": model_hash}
-    require_match(folder / MANIFEST_NAME, made_from, wanted, "give the model that it was made from")
+    if not isinstance(settings, dict):
+        raise UserError(f"{folder / MANIFEST_NAME} has no settings; {HINT}")
     bits = settings.get("bits_w")
     if not isinstance(bits, int):
         raise UserError(f"{folder / MANIFEST_NAME} says no bits_w; {HINT}")
@@ -54,11 +55,35 @@ def load_rounded(folder: str | Path, model: str, model_hash: str, blocks: int) -
     return RoundedModel(bits, made_from, settings, layers)
 
 
-def check_files(folder: Path, blocks: int) -> None:
-    """Raises with the names of all blocks' files that are not there."""
-    missing = [i for i in range(blocks) if not (folder / block_file(i)).is_file()]
+def source_of(folder: str | Path) -> dict[str, Any]:
+    """What the weights were made from, as the manifest has it; no other file is read."""
+    folder = Path(folder)
+    require_folder(folder)
+    path = folder / MANIFEST_NAME
+    if not path.exists():  # it comes last
+        read_manifest(folder, OUTPUT_FORMAT, OUTPUT_VERSION, HINT)
+    made_from = read_json(path, OUTPUT_FORMAT, OUTPUT_VERSION, HINT).get("made_from")
+    if not isinstance(made_from, dict) or not isinstance(made_from.get("model"), str):
+        raise UserError(f"{path} names no model; {HINT}")
+    return made_from
+
+
+def check_source(folder: Path, model: str, model_hash: str) -> None:
+    """Raises for the weights of another model."""
+    made_from = source_of(folder)
+    wanted = {**made_from, "model": model, "model_hash": model_hash}
+    require_match(folder / MANIFEST_NAME, made_from, wanted, "give the model that it was made from")
+
+
+def require_folder(folder: Path) -> None:
     if not folder.is_dir():
         raise UserError(f"no folder {folder}; run `python -m src.adaround_optimize` first")
+
+
+def check_files(folder: Path, blocks: int) -> None:
+    """Raises with the names of all blocks' files that are not there."""
+    require_folder(folder)
+    missing = [i for i in range(blocks) if not (folder / block_file(i)).is_file()]
     if missing:
         names = ", ".join(Path(block_file(i)).name for i in missing)
         raise UserError(
