@@ -9,23 +9,15 @@ from typing import Any
 import click
 from tqdm import tqdm
 
+from .activation_track.collection import collect_image, finish, sources
 from .calibration import activations
-from .calibration.replay import Pair, strided_pairs, transformer_inputs
-from .calibration.statistics import check_finite, collect
-from .calibration.trajectories import Trajectories, open_with_pipeline
+from .calibration.replay import strided_pairs
+from .calibration.trajectories import open_with_pipeline
 from .cli import command, peak_memory_bytes
 from .distributed import Ranks, open_manifest
 from .errors import UserError
 from .models.pipeline import Pipeline
-from .store import (
-    Manifest,
-    folder_lock,
-    human_bytes,
-    require_space,
-    require_writable,
-)
-
-FOLDED = "folded"  # the unit of the files over all images
+from .store import folder_lock, human_bytes, require_space, require_writable
 
 
 def collect_layer_activations(
@@ -72,15 +64,6 @@ def collect_layer_activations(
     return folder
 
 
-def sources(trajectories: Trajectories) -> dict[str, Any]:
-    """What the statistics are made from."""
-    return {
-        "model": trajectories.made_from["model"],
-        "model_hash": trajectories.made_from["model_hash"],
-        "calibration_hash": trajectories.hash,
-    }
-
-
 def announce(folder: Path, pipeline: Pipeline, todo: int, steps: int, images: int) -> None:
     """Says what the work will take, and refuses it where the disk is too small."""
     one = activations.sample_bytes(pipeline.transformer) * steps
@@ -90,45 +73,6 @@ def announce(folder: Path, pipeline: Pipeline, todo: int, steps: int, images: in
         f"about {human_bytes(needed)} in {folder}"
     )
     require_space(folder, needed, "the activation statistics")
-
-
-def collect_image(
-    folder: Path, trajectories: Trajectories, pipeline: Pipeline, pairs: list[Pair], batch: int
-) -> list[str]:
-    """Replays the steps of one image; the names of the files written."""
-    names = []
-    for start in range(0, len(pairs), batch):
-        here = pairs[start : start + batch]
-        inputs = transformer_inputs(trajectories, here, pipeline.dtype)
-        found = collect(pipeline.transformer, inputs, len(here))
-        for (image, step), sample in zip(here, found, strict=True):
-            check_finite(sample, f"step {step} of image {image}")
-            activations.save_sample(folder, image, step, sample)
-            names.append(activations.sample_name(image, step))
-    return names
-
-
-def finish(
-    folder: Path,
-    manifest: Manifest,
-    units: list[str],
-    trajectories: Trajectories,
-    pipeline: Pipeline,
-    steps: list[int],
-) -> None:
-    """Folds the images, in their order, and writes what is about all of them."""
-    manifest.merge_ranks()
-    if not manifest.done(FOLDED):
-        images = [int(unit) for unit in units]
-        names = [name for step in steps for name in activations.fold_step(folder, images, step)]
-        sigmas = {step: trajectories.sigmas[step] for step in steps}
-        names.append(
-            activations.write_statistics(
-                folder, pipeline.transformer, sources(trajectories), sigmas, len(images)
-            )
-        )
-        manifest.mark(FOLDED, names)
-    manifest.finish([*units, FOLDED])
 
 
 @command()

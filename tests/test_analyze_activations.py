@@ -21,6 +21,7 @@ from src.models.load import load_pipeline
 from src.models.paths import block_linears, module_at
 from src.models.synthetic import plant_offset, plant_outliers
 from src.quant.artifacts import QuantConfig
+from src.quant.clip import Regions
 from src.quant.tiers import Thresholds
 from src.store import load_npz, read_json, save_npz
 
@@ -85,6 +86,27 @@ def test_writes_a_config_of_every_linear_and_step(stats, tmp_path, policy):
         assert layer["scales"] <= 3 * 3
         assert (path in data["switchers"]) == (len(set(layer["bits"])) > 1)
         assert (path in data["always_a8"]) == (set(layer["bits"]) == {8})
+
+
+def test_by_default_codes_off_gelu_fit_into_a_byte_and_only_what_folds_is_smoothed(stats, tmp_path):
+    for tiers in ((8,), (4, 6)):
+        config = QuantConfig.load(analyze_activations(stats, tmp_path, tiers=tiers))
+        for path, layer in config.layers.items():
+            regions = Regions(layer.coarse, layer.coarse_sides)
+            if path.endswith("mlp.fc2"):
+                assert layer.smoothing is None
+            else:
+                assert regions.largest_code(max(layer.bits)) <= 127
+            assert (layer.plain_scale is None) == (layer.smoothing is None)
+        assert any(layer.smoothing is not None for layer in config.layers.values())
+
+
+def test_scales_without_smoothing_are_those_of_an_analysis_without_it(stats, tmp_path):
+    settings = {"tiers": (8,), "two_regions": "none"}
+    smoothed = QuantConfig.load(analyze_activations(stats, tmp_path / "a", **settings))
+    plain = QuantConfig.load(analyze_activations(stats, tmp_path / "b", smooth="none", **settings))
+    for path, layer in smoothed.layers.items():
+        assert layer.unsmoothed().scale == plain.layers[path].scale
 
 
 @pytest.mark.slow

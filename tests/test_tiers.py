@@ -260,10 +260,35 @@ def test_long_tailed_gelu_inputs_have_less_error_with_two_regions_than_with_a_sh
     weights, lowest = np.ones(len(x)), np.array([x.min()])
     shift = np.array([(x.min() + x.max()) / 2])
     centred = (np.abs(x - shift), weights)
-    one = plan.scale_table([centred], np.array([centred[0].max()]), ALL, shift)
-    two = plan.two_region_table([(np.abs(x), weights)], np.array([x.max()]), ALL, None, lowest)
-    assert two.regions.sides == 1 and two.level() < one.level()
-    for tier, scale in zip(ALL, two.scale[0], strict=True):
-        layer = LayerConfig([tier], [scale], coarse=two.regions.coarse)
-        got = np.array(static_quantizer(CurrentStep([1.0]), layer)(mx.array(x)[None]))[0]
-        assert np.abs(got - x)[x < 0].max() <= scale  # no negative value is clipped
+    plain = plan.scale_table([centred], np.array([centred[0].max()]), ALL, shift)
+    tables = [
+        plan.scale_table(
+            [(np.abs(x), weights)], np.array([x.max()]), ALL, regions=regions, lowest=lowest
+        )
+        for regions in plan.two_region_layouts(post_gelu=True)
+    ]
+    scales = plan.InputScales((plain, *tables))
+    for index, tier in enumerate(ALL):
+        best = scales.best([tier])
+        assert best.regions.sides == 1 and best.regions.coarse > 1
+        assert best.error[0, index] < plain.error[0, index]
+        got = np.array(
+            static_quantizer(CurrentStep([1.0]), scales.layer([tier]))(mx.array(x)[None])
+        )
+        assert np.abs(got[0] - x)[x < 0].max() <= best.scale[0, index]  # no negative one is clipped
+
+
+def test_the_layout_of_codes_is_the_best_for_the_tiers_and_fits_into_a_byte_where_it_must():
+    x = np.abs(np.random.default_rng(6).standard_t(2, 20_000))
+    points, largest = [(x, np.ones(len(x)))] * 2, np.full(2, x.max())
+    layouts = [clip.PLAIN, *plan.two_region_layouts(post_gelu=False)]
+    tables = tuple(plan.scale_table(points, largest, ALL, regions=layout) for layout in layouts)
+    free, narrow = plan.InputScales(tables), plan.InputScales(tables, bytes_only=True)
+    for bits in ([4, 4], [6, 6], [8, 8], [4, 8]):
+        assert free.best(bits).level(bits) == min(table.level(bits) for table in tables)
+        layer = narrow.layer(bits)
+        assert clip.Regions(layer.coarse, layer.coarse_sides).largest_code(max(bits)) <= 127
+    assert free.best([8, 8]).regions.coarse > 2 >= narrow.best([8, 8]).regions.coarse
+    assert narrow.best([6, 6]) is free.best([6, 6])  # 15 coarse steps of at most 8
+    for index, tier in enumerate(ALL):
+        assert np.array_equal(free.error[:, index], free.best([tier] * 2).error[:, index])

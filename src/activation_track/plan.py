@@ -4,30 +4,37 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
 from ..calibration import histogram
-from ..calibration.activations import ActivationStatistics, InputStatistics
-from ..calibration.sensitivity import Samples, sampled_rows
+from ..calibration.activations import STATISTICS_NAME, ActivationStatistics, InputStatistics
+from ..calibration.sensitivity import Samples, sampled_rows, spread_pairs
+from ..calibration.statistics import is_post_gelu
+from ..calibration.trajectories import open_with_pipeline
 from ..models.mmdit import MMDiT
 from ..models.paths import block_linears, module_at, replaced, values_of
 from ..quant import smooth
 from ..quant.artifacts import LayerConfig, QuantConfig
+from ..quant.clip import PLAIN, Regions
 from ..quant.plan import (
+    InputScales,
     Points,
     ScaleTable,
     largest_values,
     one_shift,
     scale_table,
-    two_region_table,
+    two_region_layouts,
 )
 from ..quant.simulate import CurrentStep, SimulatedLinear, static_quantizer
 from ..quant.tiers import Range, Thresholds, average_bits, frontier, has_spikes, threshold_tier
+from ..store import require_match
+from .options import Options
 
 TOKENS_SAMPLED = 64  # of each stored step, for the smoothing's search
 STEADY = 1.1  # largest over smallest scale below which a layer needs one only
@@ -45,7 +52,7 @@ class Plan:
     tiers: tuple[int, ...]
     thresholds: Thresholds
     segments: int
-    two_regions: str = "post-gelu"  # which inputs may have two regions of codes: or all, none
+    two_regions: str = "auto"  # which inputs may have two regions of codes
     smoothing: dict[str, smooth.Search] = field(default_factory=dict)
 
     @cached_property
@@ -71,25 +78,36 @@ class Plan:
         return {path: input_ranges(found) for path, found in self.statistics.inputs.items()}
 
     @cached_property
-    def tables(self) -> dict[str, ScaleTable]:
+    def tables(self) -> dict[str, InputScales]:
         """Scales of every input, for every step and tier; after the smoothing is decided."""
-        return {path: self.table(found) for path, found in self.statistics.inputs.items()}
+        return {path: self.scales(found) for path, found in self.statistics.inputs.items()}
 
-    def table(self, found: InputStatistics) -> ScaleTable:
-        """With one region of codes or, where that is allowed and has less error, two."""
-        shift = one_shift(found.shift)
+    def scales(self, found: InputStatistics) -> InputScales:
+        """With one region of codes and, where that is allowed, with two."""
         search = self.smoothing.get(found.path)
         factors = search.smoothing if search else None
+        shift = one_shift(found.shift)
+        tables = self.scale_tables(found, [PLAIN], shift, factors)
+        post_gelu = shift is not None
+        if self.two_regions in ("auto", "all") or (self.two_regions == "post-gelu" and post_gelu):
+            tables += self.scale_tables(found, two_region_layouts(post_gelu), None, factors)
+        return InputScales(tuple(tables), self.two_regions == "auto" and not post_gelu)
+
+    def scale_tables(
+        self,
+        found: InputStatistics,
+        layouts: Sequence[Regions],
+        shift: np.ndarray | None,
+        factors: np.ndarray | None,
+    ) -> list[ScaleTable]:
+        """One table for each layout of codes."""
         largest = largest_values(found.minimum, found.maximum, shift, factors)
+        lowest = (found.minimum if factors is None else found.minimum / factors).min(axis=1)
         points = self.points(found, largest, shift, factors)
-        table = scale_table(points, largest, self.tiers, shift, factors)
-        if self.two_regions == "none" or (shift is None and self.two_regions != "all"):
-            return table
-        largest = largest_values(found.minimum, found.maximum, None, factors)
-        points = self.points(found, largest, None, factors)
-        lowest = None if shift is None else scaled_by(found.minimum, factors).min(axis=1)
-        two = two_region_table(points, largest, self.tiers, factors, lowest)
-        return min(table, two, key=ScaleTable.level)
+        return [
+            scale_table(points, largest, self.tiers, shift, factors, regions, lowest)
+            for regions in layouts
+        ]
 
     def points(
         self,
@@ -111,7 +129,8 @@ class Plan:
         for x in self.rows[found.path]:
             scaled = np.abs((x if shift is None else x - shift) / factors)
             weights = np.broadcast_to(np.square(factors), scaled.shape)
-            shapes.append((scaled.reshape(-1) / max(scaled.max(), 1e-30), weights.reshape(-1)))
+            counts = histogram.weighted(scaled / max(scaled.max(), 1e-30), weights)
+            shapes.append(histogram.points(counts))
         nearest = [shapes[int(np.abs(stored - key).argmin())] for key in self.statistics.step_keys]
         return [(shape * top, w) for (shape, w), top in zip(nearest, largest, strict=True)]
 
@@ -136,6 +155,17 @@ class Plan:
             for path, ranges in self.ranges.items()
             if any(has_spikes(r, self.thresholds) for r in ranges)
         ]
+
+    def foldable(self) -> list[str]:
+        """Inputs whose factors can be moved into what precedes them: the modulation before q, k, v
+        and fc1, the values before o_proj. GELU is in the way of fc2's."""
+        return [path for path in self.statistics.inputs if not is_post_gelu(path)]
+
+    def to_smooth(self, which: str) -> list[str]:
+        """The inputs that one of SMOOTHINGS means."""
+        if which == "all":
+            return list(self.statistics.inputs)
+        return {"foldable": self.foldable, "spikes": self.spiked, "none": list}[which]()
 
     def uniform(self, bits: int) -> Bits:
         steps = len(self.statistics.step_keys)
@@ -248,13 +278,19 @@ class Plan:
         return shape * effects.mean(axis=1)
 
     def config(self, bits: Bits, made_from: dict[str, object]) -> QuantConfig:
-        statistics = self.statistics
-        layers = self.layers(bits)
+        statistics, layers = self.statistics, self.layers(bits)
+        plain = {path: self.plain_scale(path, bits[path], layers[path]) for path in self.smoothed}
+        layers = {
+            path: replace(layer, plain_scale=plain.get(statistics.layers[path]))
+            for path, layer in layers.items()
+        }
         return QuantConfig(made_from, statistics.step_keys, statistics.sigmas, layers)
 
-
-def scaled_by(values: np.ndarray, factors: np.ndarray | None) -> np.ndarray:
-    return values if factors is None else values / factors
+    def plain_scale(self, path: str, bits: np.ndarray, layer: LayerConfig) -> list[float]:
+        """Scales for weights that were not rounded with this input's smoothing."""
+        found, regions = self.statistics.inputs[path], Regions(layer.coarse, layer.coarse_sides)
+        (table,) = self.scale_tables(found, [regions], layer.shift, None)
+        return table.layer(bits, self.segments, STEADY).scale
 
 
 def input_ranges(found: InputStatistics) -> list[Range]:
@@ -269,3 +305,32 @@ def input_ranges(found: InputStatistics) -> list[Range]:
         p50, p99 = (histogram.percentile(hist, share, largest) for share in (0.5, 0.99))
         ranges.append(Range(p50, p99, width, shifted))
     return ranges
+
+
+def open_plan(
+    statistics: ActivationStatistics, calib_dir: str | Path, model: str | None, options: Options
+) -> Plan:
+    """Opens the model and some stored steps, which must be those of the statistics."""
+    trajectories, pipeline = open_with_pipeline(calib_dir, model)
+    wanted = {
+        "model": pipeline.name,
+        "model_hash": pipeline.hash,
+        "calibration_hash": trajectories.hash,
+    }
+    require_match(
+        statistics.folder / STATISTICS_NAME,
+        statistics.made_from,
+        wanted,
+        "collect the activations again, or give their own --calib-dir",
+    )
+    pairs = spread_pairs(trajectories.num_images, statistics.step_keys, options.samples)
+    stored = Samples.load(trajectories, pipeline, pairs)
+    return Plan(
+        statistics,
+        pipeline.transformer,
+        stored,
+        tuple(options.tiers),
+        options.thresholds,
+        options.segments,
+        options.two_regions,
+    )

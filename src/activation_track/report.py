@@ -26,10 +26,10 @@ def temporal_analysis(plan: Plan, config: QuantConfig, policy: str) -> dict[str,
     """What layer_temporal_analysis.json holds."""
     layers = {}
     for path, found in plan.statistics.inputs.items():
-        table = plan.tables[path]
-        largest = largest_values(found.minimum, found.maximum, table.shift, table.smoothing)
+        layer = config.layers[path]
+        largest = largest_values(found.minimum, found.maximum, layer.shift, layer.smoothing)
         search = plan.smoothing.get(path)
-        layers[path] = describe(largest, config.layers[path], plan.readers[path], search)
+        layers[path] = describe(largest, layer, plan.readers[path], search)
     return {
         "format": ANALYSIS_FORMAT,
         "version": ANALYSIS_VERSION,
@@ -82,7 +82,7 @@ def draw_plots(plan: Plan, config: QuantConfig, folder: Path) -> None:
     widest = widest_of_each_kind(paths, largest.max(axis=1))
     curves = {label(path): percentile_curves(plan, path) for path in widest[:PANELS]}
     plots.percentile_bands(curves, config.sigmas, folder / "percentiles.png")
-    if treated := treatments(plan):
+    if treated := treatments(plan, config):
         plots.before_and_after(treated, folder / "treatment.png")
 
 
@@ -114,21 +114,21 @@ def percentile_curves(plan: Plan, path: str) -> dict[str, np.ndarray]:
     }
 
 
-def treatments(plan: Plan) -> list[Treatment]:
+def treatments(plan: Plan, config: QuantConfig) -> list[Treatment]:
     """The inputs whose range shift and smoothing narrow most, at their widest step."""
     found = []
-    for path, table in plan.tables.items():
-        if table.shift is None and table.smoothing is None:
+    for path, statistics in plan.statistics.inputs.items():
+        layer = config.layers[path]
+        if layer.shift is None and layer.smoothing is None:
             continue
-        statistics = plan.statistics.inputs[path]
         step = int(statistics.absmax.max(axis=1).argmax())
         before = statistics.minimum[step], statistics.maximum[step]
-        shift = 0.0 if table.shift is None else table.shift
-        factor = 1.0 if table.smoothing is None else table.smoothing
+        shift = 0.0 if layer.shift is None else layer.shift
+        factor = 1.0 if layer.smoothing is None else layer.smoothing
         after = (before[0] - shift) / factor, (before[1] - shift) / factor
         narrowed = np.abs(before).max() / max(np.abs(after).max(), 1e-30)
-        parts = [] if table.shift is None else ["shift"]
-        if table.smoothing is not None:
+        parts = [] if layer.shift is None else ["shift"]
+        if layer.smoothing is not None:
             parts.append(f"smoothing {plan.smoothing[path].strength:g}")
         found.append((narrowed, Treatment(label(path), before, after, " and ".join(parts))))
     found.sort(key=lambda item: -item[0])

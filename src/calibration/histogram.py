@@ -60,6 +60,12 @@ def count(x: mx.array) -> mx.array:
     return counts.reshape(samples, BINS)
 
 
+def weighted(x: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """(BINS,) sums of the weights of the values in each bin."""
+    places = np.array(bin_numbers(mx.array(x.astype(np.float32)))).reshape(-1)
+    return np.bincount(places, weights.reshape(-1), minlength=BINS)
+
+
 def percentile(counts: np.ndarray, share: float, largest: float) -> float:
     """The value below which `share` of the counted values lie; at 1 the known largest value."""
     total = counts.sum()

@@ -19,6 +19,7 @@ hist_centred       (BINS,) post-GELU inputs only: counts of |x - centre of the s
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache, partial
 from pathlib import Path
 
 import mlx.core as mx
@@ -28,6 +29,7 @@ import numpy as np
 from ..errors import UserError
 from ..models.mmdit import MMDiT
 from ..models.paths import block_linears, input_of, replaced
+from ..models.pipeline import compiling_is_faster
 from ..store import load_npz
 from ..store.arrays import Expected
 from . import histogram
@@ -37,6 +39,7 @@ SHIFT_MOMENTUM = 0.95
 CENTRED = "hist_centred"
 SAMPLE_NAMES = ("minimum", "maximum", "mean", "square", "hist")
 
+Reduced = dict[str, mx.array]
 Sample = dict[str, np.ndarray]  # name of a statistic to its values, for one input and sample
 
 
@@ -71,7 +74,7 @@ def collect(model: MMDiT, inputs: Inputs, samples: int) -> list[dict[str, Sample
 
     def tap(path: str, linear: nn.Module) -> Tap:
         def observe(x: mx.array) -> mx.array:
-            reduced = reduce_input(x, samples, centred=is_post_gelu(path))
+            reduced = reduction(samples, is_post_gelu(path), compiling_is_faster())(x)
             found[path] = reduced
             # What follows waits for the reductions, or all activations would be kept until then.
             return mx.depends(x, list(reduced.values()))
@@ -90,7 +93,14 @@ def collect(model: MMDiT, inputs: Inputs, samples: int) -> list[dict[str, Sample
     ]
 
 
-def reduce_input(x: mx.array, samples: int, centred: bool) -> dict[str, mx.array]:
+@lru_cache
+def reduction(samples: int, centred: bool, compiled: bool) -> Callable[[mx.array], Reduced]:
+    """`reduce_input` of one argument, compiled once for all inputs."""
+    reduce = partial(reduce_input, samples=samples, centred=centred)
+    return mx.compile(reduce) if compiled else reduce
+
+
+def reduce_input(x: mx.array, samples: int, centred: bool) -> Reduced:
     """(samples, channels) statistics and (samples, BINS) counts of a batch's input, float32."""
     channels = x.shape[-1]
     # Rows of a sample lie apart: prompts come first, then the negatives.

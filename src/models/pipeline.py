@@ -15,6 +15,11 @@ from ..sampling import Callback, Noise, denoise, guided, sd3_sigmas, uses_guidan
 from .mmdit import MMDiT
 
 
+def compiling_is_faster() -> bool:
+    """On the CPU at the batch sizes that it can bear, starting a C++ compiler costs more."""
+    return mx.default_device() != mx.Device(mx.cpu)
+
+
 class Codec(Protocol):
     side: int  # pixels of a picture to one of the latent
 
@@ -104,7 +109,7 @@ class Pipeline:
             return guided(model, latent, sigma, text, pooled, cfg_weight)
 
         run = guided_velocity
-        if mx.default_device() != mx.Device(mx.cpu) if compiled is None else compiled:
+        if compiling_is_faster() if compiled is None else compiled:
             run = mx.compile(guided_velocity, inputs=self.transformer.state)
         if self.modulate_ahead is None or sigmas is None:
             return run

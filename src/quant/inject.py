@@ -187,7 +187,7 @@ def usable_grids(
                     f"{path} was rounded with a smoothing that is not the quant config's; give "
                     "the quant config that adaround_optimize was given, or round again with this"
                 )
-            grid = unsmoothed(grid)
+            grid = grid.unsmoothed()
             left_out.append(path)
         grids[path] = grid
     notes = []
@@ -223,13 +223,3 @@ def check_vectors(path: str, grid: LayerConfig, columns: int) -> None:
                 f"{name} of {path} in the quant config has {vector.shape[-1]} channels, the layer "
                 f"has {columns}; analyze this model's activations"
             )
-
-
-def unsmoothed(grid: LayerConfig) -> LayerConfig:
-    """The same tiers for an input that nothing divides.
-
-    A value that just reached the range did so in some channel: without the division it may be as
-    wide as the widest factor makes it, so the range grows by that.
-    """
-    widest = float(np.max(grid.smoothing))
-    return replace(grid, scale=[scale * widest for scale in grid.scale], smoothing=None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -14,6 +15,7 @@ from .segments import segmented_scales
 
 COARSE_RATIOS = (2, 3, 4, 6, 8)  # a second region's steps over those of the first
 ROUNDING = 0.49  # of a step that a value may lie beyond the last code and still round to it
+BYTE_LIMIT = 127  # the largest code that a kernel of 8-bit integers takes
 
 Points = tuple[np.ndarray, np.ndarray]  # absolute values and their weights
 
@@ -34,9 +36,11 @@ class ScaleTable:
         columns = [self.tiers.index(b) for b in bits]
         return self.scale[np.arange(len(columns)), columns]
 
-    def level(self) -> float:
-        """Mean over steps and tiers of the error's logarithm, to compare tables of one input."""
-        return float(np.log(np.maximum(self.error, 1e-30)).mean())
+    def level(self, bits: Sequence[int]) -> float:
+        """Mean over the steps of the error's logarithm, to compare tables of one input."""
+        columns = [self.tiers.index(b) for b in bits]
+        errors = self.error[np.arange(len(columns)), columns]
+        return float(np.log(np.maximum(errors, 1e-30)).mean())
 
     def layer(self, bits: Sequence[int], segments: int = 0, steady: float = 1.0) -> LayerConfig:
         """The layer at the chosen tiers; each tier's steps share at most `segments` scales."""
@@ -49,6 +53,36 @@ class ScaleTable:
         rounded = [float(np.float32(s)) for s in scale]
         coarse, sides = self.regions.coarse, self.regions.sides
         return LayerConfig(bits.tolist(), rounded, self.shift, self.smoothing, coarse, sides)
+
+
+@dataclass(frozen=True)
+class InputScales:
+    """One input's layouts of codes, each with its scales; the tiers decide between them."""
+
+    tables: tuple[ScaleTable, ...]  # the first, of one region, is always possible
+    bytes_only: bool = False  # whether codes must fit into a byte, or only their tier's bits
+
+    def best(self, bits: Sequence[int]) -> ScaleTable:
+        """The table with the least error at these tiers, one a step."""
+        widest = int(max(bits))
+        possible = [
+            table
+            for table in self.tables
+            if not self.bytes_only or table.regions.largest_code(widest) <= BYTE_LIMIT
+        ]
+        return min(possible, key=lambda table: table.level(bits))
+
+    @cached_property
+    def error(self) -> np.ndarray:
+        """(steps, tiers) mean squared error where all steps are of one tier."""
+        tiers = self.tables[0].tiers
+        steps = len(self.tables[0].scale)
+        best = [self.best([tier] * steps) for tier in tiers]
+        return np.stack([table.error[:, i] for i, table in enumerate(best)], axis=1)
+
+    def layer(self, bits: Sequence[int], segments: int = 0, steady: float = 1.0) -> LayerConfig:
+        """The layer at the chosen tiers, in the layout that suits them."""
+        return self.best(bits).layer(bits, segments, steady)
 
 
 def largest_values(
@@ -74,12 +108,13 @@ def scale_table(
 ) -> ScaleTable:
     """A clip search for every step and tier over the steps' distributions.
 
-    `lowest`, the least value of each step, is what fine codes must reach where the coarse ones
-    have one side.
+    Where coarse codes have one side only, `lowest`, the least value of each step, is what the fine
+    ones must reach.
     """
+    one_sided = lowest is not None and regions.coarse > 1 and regions.sides == 1
     found = []
     for index, (step, top) in enumerate(zip(points, largest, strict=True)):
-        depth = 0.0 if lowest is None else max(0.0, -float(lowest[index]))
+        depth = max(0.0, -float(lowest[index])) if one_sided else 0.0
         floors = [depth / (fine_limit(bits) + ROUNDING) for bits in tiers]
         found.append(
             [
@@ -91,24 +126,10 @@ def scale_table(
     return ScaleTable(tiers, table[..., 0], table[..., 1], shift, smoothing, regions)
 
 
-def two_region_table(
-    points: Sequence[Points],
-    largest: np.ndarray,
-    tiers: tuple[int, ...],
-    smoothing: np.ndarray | None = None,
-    lowest: np.ndarray | None = None,
-) -> ScaleTable:
-    """Scales for two regions of codes, with the ratio that has the least error over all steps.
-
-    With `lowest` the input is bounded below, as GELU's is: its fine codes reach there, and the
-    coarse ones go upwards only. No shift is needed, the fine codes are where the mass is.
-    """
-    sides = 2 if lowest is None else 1
-    tables = [
-        scale_table(points, largest, tiers, None, smoothing, Regions(coarse, sides), lowest)
-        for coarse in COARSE_RATIOS
-    ]
-    return min(tables, key=ScaleTable.level)
+def two_region_layouts(post_gelu: bool) -> list[Regions]:
+    """What is tried. What GELU gives is bounded below: its fine codes reach there, and the coarse
+    ones go upwards only. That needs no shift, the fine codes are where the mass is."""
+    return [Regions(coarse, 1 if post_gelu else 2) for coarse in COARSE_RATIOS]
 
 
 def one_shift(shift: np.ndarray | None) -> np.ndarray | None:
