@@ -18,7 +18,7 @@ from .helpers import ROOT, run
 
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 # Of what takes minutes by default, fewer of the same.
-QUICKER = {"adaround-optimize": ["--iters", "2"]}
+QUICKER = {"adaround-optimize": ["--iters", "2", "--refine", "2"]}
 MODULES = {module: name for name, module in COMMANDS.items()}
 
 
@@ -77,6 +77,7 @@ def test_the_readmes_own_commands_run(tmp_path):
         result = run(f"src.{COMMANDS[name]}", *arguments, *quicker, cwd=tmp_path)
         assert result.returncode == 0, result.stderr
     assert (tmp_path / "picture.png").exists()
+    assert (tmp_path / "report" / "report.html").exists()
 
 
 @pytest.mark.skipif(not os.environ.get("VIRTUAL_ENV") and sys.prefix == sys.base_prefix, reason="")

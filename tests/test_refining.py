@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from src.adaround_optimize import adaround_optimize
+from src.analyze_activations import analyze_activations
 from src.cache_adaround_data import cache_adaround_data
+from src.collect_layer_activations import collect_layer_activations
 from src.generate_calibration_data import generate_calibration_data
+from src.inference.open import open_quantized
 from src.metrics.fidelity import reference_trajectories, teacher_forced_sqnr
 from src.models.load import load_pipeline
 from src.models.prompts import load_prompts
 from src.quant import grid
-from src.quant.artifacts import load_rounded_block
+from src.quant.artifacts import QuantConfig, load_rounded_block
 from src.quant.refining import Rates, Refiner, Tuned, weights_and_biases, zero_moments
 from src.store import read_json
 from src.weight_track.apply import rounded_weights
@@ -82,6 +85,36 @@ def test_a_linear_learns_to_serve_the_loss_better_than_nearest_rounding():
             states, moments, x, Rates().at(iteration / 200, iteration)
         )
     assert error(*weights_and_biases(layers, states), x).item() < 0.3 * first
+
+
+@pytest.mark.slow
+def test_refining_keeps_to_the_smoothing_and_shift_of_a_quant_config(tmp_path):
+    """What is tuned must be what the loader then runs."""
+    calibration = generate_calibration_data(
+        "tiny", tmp_path / "c", num_images=3, num_steps=4, height=64, width=64
+    )
+    cache = cache_adaround_data(calibration, num_images=3, stride=1)
+    config = analyze_activations(
+        collect_layer_activations(calibration, num_images=3), tiers=(8,), smooth="all"
+    )
+    layers = QuantConfig.load(config).layers.values()
+    assert any(layer.smoothing is not None for layer in layers)
+    assert any(layer.shift is not None for layer in layers)
+    told = []
+    for iterations in (0, 60):
+        folder = adaround_optimize(
+            cache,
+            tmp_path / f"o{iterations}",
+            method="grid",
+            refine=iterations,
+            quant_config=config,
+        )
+        pipeline = load_pipeline("tiny")
+        captions = load_prompts(f"{pipeline.prompts}_evaluation")[:4]
+        reference = reference_trajectories(pipeline, captions, num_steps=4)
+        quantized = open_quantized(pipeline, folder, config, weights_only=True)
+        told.append(teacher_forced_sqnr(quantized.pipeline.transformer, reference).mean())
+    assert told[1] > told[0] + 1
 
 
 @pytest.mark.slow

@@ -27,8 +27,15 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "mlx": importlib.metadata.version("mlx"),
         "date": datetime.date.today().isoformat(),
-        "command": shlex.join(["python", "-m", f"tools.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", f"tools.{Path(sys.argv[0]).stem}", *arguments()]),
     }
+
+
+def arguments() -> list[str]:
+    """Of this command, without the folder of work, which changes no figure."""
+    given = sys.argv[1:]
+    places = [i for i, argument in enumerate(given) if argument == "--work"]
+    return [a for i, a in enumerate(given) if i not in places and i - 1 not in places]
 
 
 def write_report(name: str, title: str, data: dict[str, Any], lines: list[str]) -> None:

@@ -70,8 +70,9 @@ TEACHER_SEED, PICTURE_SEED, OTHER_SEED = 10_000, 100_000, 500_000
 class Made:
     """The tracks' results: rounded weights, activations at 8 bits and at 6 on average."""
 
-    weights: Path
+    weights_8: Path
     config_8: Path
+    weights_6: Path
     config_6: Path
 
 
@@ -95,39 +96,43 @@ class Drawn:
 
 
 def make_tracks(work: Path, given: dict[str, Path | None], options: dict[str, Any]) -> Made:
-    """Runs the stages for what is not given; a second run in the same folder goes on."""
-    weights, config_8, config_6 = (given[name] for name in ("weights", "config_8", "config_6"))
-    if weights and config_8 and config_6:
-        return Made(weights, config_8, config_6)
+    """Runs the stages for what is not given; a second run in the same folder goes on.
+
+    Each config has weights of its own, which were rounded with its smoothing.
+    """
+    if all(given.values()):
+        return Made(**given)
     images = options["num_images"]
     calibration = generate_calibration_data(MODEL, work / "calibration_data", num_images=images)
-    if weights is None:
-        cache = cache_adaround_data(calibration, num_images=images, stride=options["stride"])
-        weights = adaround_optimize(
+    cache = cache_adaround_data(calibration, num_images=images, stride=options["stride"])
+    stats = collect_layer_activations(calibration, num_images=min(images, 16))
+    analyze = partial(analyze_activations, stats, policy="error")
+    made = {
+        "config_8": given["config_8"] or analyze(stats, tiers=(8,)),
+        "config_6": given["config_6"] or analyze(work / "average_6", average_bits=6.0),
+    }
+    for bits in ("8", "6"):
+        made[f"weights_{bits}"] = given[f"weights_{bits}"] or adaround_optimize(
             cache,
-            work / "adaround_output",
+            work / f"adaround_output_{bits}",
             method=options["method"],
             iters=options["iters"],
             batch_size=options["batch_size"],
+            quant_config=made[f"config_{bits}"],
         )
-    stats = collect_layer_activations(calibration, num_images=min(images, 16))
-    # Weights are rounded without a smoothing, so none is searched.
-    analyze = partial(analyze_activations, stats, policy="error", smooth="none")
-    config_8 = config_8 or analyze(stats, tiers=(8,))
-    config_6 = config_6 or analyze(work / "average_6", average_bits=6.0)
-    return Made(weights, config_8, config_6)
+    return Made(**made)
 
 
 def candidates(made: Made) -> Iterator[Candidate]:
     """The 16-bit model, then every rung, then the noise floor of the other float type."""
-    opened = open_artifacts(MODEL, made.weights, made.config_8, Settings())
+    opened = open_artifacts(MODEL, made.weights_8, made.config_8, Settings())
     pipeline = opened.pipeline
     yield Candidate(EXACT, pipeline)
     largest = largest_inputs(made.config_8.parent, opened.config)
     if largest is None:
         click.echo("no statistics beside --quant-config: RTN with one scale is left out")
     rungs = list(rungs_of(opened, largest))
-    six = open_artifacts(pipeline, made.weights, made.config_6, Settings())
+    six = open_artifacts(pipeline, made.weights_6, made.config_6, Settings())
     rungs.append((f"ours W{six.rounded.bits}{activations(six.config)} static", six.checked, {}))
     for name, checked, runtime in rungs:
         context = partial(injected, pipeline.transformer, checked, **runtime)
@@ -320,7 +325,7 @@ def step_times(made: Made, rounds: int) -> dict[str, dict]:
     }
     rows = {}
     for name, settings in chosen.items():
-        opened = open_artifacts(MODEL, made.weights, made.config_8, settings)
+        opened = open_artifacts(MODEL, made.weights_8, made.config_8, settings)
         caption = load_prompts(f"{opened.pipeline.prompts}_evaluation")[:1]
         steps = opened.pipeline.defaults.num_steps
         reference = reference_trajectories(opened.pipeline, caption, num_steps=steps, stride=steps)
@@ -353,6 +358,7 @@ def work_folder(given: Path | None) -> AbstractContextManager[str | Path]:
 
 @click.command()
 @click.option("--adaround-output", type=Path, help="Rounded weights.  [default: made in --work]")
+@click.option("--adaround-output-6", type=Path, help="With the 6 bits' smoothing.  [default: made]")
 @click.option("--quant-config", type=Path, help="Activations at 8 bits.  [default: made]")
 @click.option("--quant-config-6", type=Path, help="At 6 bits on average.  [default: made]")
 @click.option("--work", type=Path, help="Folder for what is made.  [default: a temporary one]")
@@ -360,15 +366,16 @@ def work_folder(given: Path | None) -> AbstractContextManager[str | Path]:
 @click.option("--pictures", default=4096, show_default=True, help="For accuracy, Fréchet.")
 @click.option("--batch", default=256, show_default=True, help="Pictures at a time.")
 @click.option("--eval-stride", default=1, show_default=True, help="Every how many steps.")
-@click.option("--method", default="gptq", show_default=True, help=", ".join(METHODS))
+@click.option("--method", default="adaround", show_default=True, help=", ".join(METHODS))
 @click.option("--iters", default=1000, show_default=True, help="Of learned rounding.")
 @click.option("--batch-size", default=8, show_default=True, help="Of learned rounding.")
 @click.option("--num-images", default=64, show_default=True, help="To calibrate with.")
-@click.option("--stride", default=6, show_default=True, help="Of the cached steps.")
+@click.option("--stride", default=3, show_default=True, help="Of the cached steps.")
 @click.option("--only-time", is_flag=True, help="Measure the seconds of a step instead.")
 @click.option("--rounds", default=5, show_default=True, help="Of --only-time.")
 def main(
     adaround_output: Path | None,
+    adaround_output_6: Path | None,
     quant_config: Path | None,
     quant_config_6: Path | None,
     work: Path | None,
@@ -377,7 +384,12 @@ def main(
     **options: Any,
 ) -> None:
     """Measure both tracks' results on nano."""
-    given = {"weights": adaround_output, "config_8": quant_config, "config_6": quant_config_6}
+    given = {
+        "weights_8": adaround_output,
+        "config_8": quant_config,
+        "weights_6": adaround_output_6,
+        "config_6": quant_config_6,
+    }
     with work_folder(work) as folder:
         made = make_tracks(Path(folder), given, options)
         if only_time:

@@ -19,13 +19,14 @@ from src.distributed import Ranks
 from src.models.configs import config_named
 from src.models.mmdit import MMDiT
 from src.models.paths import BLOCKS
+from src.models.pipeline import compiling_is_faster
 from src.quant.block_rounding import RoundingSettings, ladder, round_block, with_seed
 from src.quant.learning import Learning, Steps, learn_rounding
 from src.quant.observe import input_statistics
 from src.quant.rounding import RectifiedSigmoid
 from src.quant.standin import BlockData, StandInBlock
 from src.store import human_bytes
-from src.weight_track.blocks import compiling_is_faster, run_block, stand_in_block
+from src.weight_track.blocks import run_block, stand_in_block
 from src.weight_track.plan import ACTIVATIONS_PER_TOKEN, ATTENTION_COPIES, RATES, WEIGHT_COPIES
 
 import click

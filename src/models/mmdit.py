@@ -12,7 +12,7 @@ place where q and k are made, in the stead of `PositionEmbedding`.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
@@ -47,6 +47,9 @@ def attend(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
     """Attention over (batch, heads, tokens, head_dim), heads merged: (batch, tokens, hidden)."""
     out = mx.fast.scaled_dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5)
     return out.transpose(0, 2, 1, 3).flatten(2)
+
+
+Attend = Callable[[mx.array, mx.array, mx.array], mx.array]
 
 
 class PatchEmbedding(nn.Module):
@@ -151,6 +154,7 @@ class StreamBlock(nn.Module):
 
     def __init__(self, config: MMDiTConfig, *, dual: bool = False, last: bool = False) -> None:
         super().__init__()
+        self._attend: Attend = attend
         self._heads = config.heads
         self.attn = Attention(config, output=not last)
         if config.qk_norm:
@@ -181,7 +185,7 @@ class StreamBlock(nn.Module):
         if "attn2" not in self:
             return qkv, None
         inner = self.project(modulate(x, *parts[6:8]), self.attn2, self.get("qk_norm2"))
-        return qkv, self.attn2.o_proj(attend(*inner)) * parts[8][:, None]
+        return qkv, self.attn2.o_proj(self._attend(*inner)) * parts[8][:, None]
 
     def after(
         self, x: mx.array, attended: mx.array, inner: mx.array | None, parts: list[mx.array]
@@ -198,11 +202,17 @@ class JointBlock(nn.Module):
 
     def __init__(self, config: MMDiTConfig, index: int) -> None:
         super().__init__()
+        self._attend: Attend = attend
         self._last = index == config.depth - 1
         self.image_transformer_block = StreamBlock(
             config, dual=index < config.dual_attention_blocks
         )
         self.text_transformer_block = StreamBlock(config, last=self._last)
+
+    def use_attention(self, attend: Attend) -> None:
+        """Computes attention by another function of q, k and v from now on."""
+        for module in (self, self.image_transformer_block, self.text_transformer_block):
+            module._attend = attend
 
     def __call__(
         self, image: mx.array, text: mx.array, conditioning: mx.array
@@ -222,7 +232,7 @@ class JointBlock(nn.Module):
         image_qkv, image_inner = image_block.before(image, image_parts)
         text_qkv, _ = text_block.before(text, text_parts)
         joined = (mx.concatenate(pair, axis=2) for pair in zip(image_qkv, text_qkv, strict=True))
-        attended = attend(*joined)
+        attended = self._attend(*joined)
         image_attended, text_attended = mx.split(attended, [image.shape[1]], axis=1)
         image = image_block.after(image, image_attended, image_inner, image_parts)
         if self._last:

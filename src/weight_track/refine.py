@@ -23,6 +23,7 @@ from ..calibration.trajectories import Trajectories
 from ..distributed import Ranks
 from ..models.mmdit import MMDiT
 from ..models.paths import set_module
+from ..models.pipeline import compiling_is_faster
 from ..quant.artifacts import (
     BEFORE_REFINING,
     RoundedLayer,
@@ -34,7 +35,6 @@ from ..quant.refining import Rates, Refiner, Tree, Tuned, weights_and_biases, ze
 from ..quant.standin import StandIns
 from ..sampling import guided
 from .blocks import (
-    compiling_is_faster,
     full_path,
     own_biases,
     put_rounded,

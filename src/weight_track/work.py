@@ -14,6 +14,7 @@ from .. import __version__
 from ..cli import peak_memory_bytes
 from ..distributed import Ranks, open_manifest
 from ..errors import UserError
+from ..models.pipeline import compiling_is_faster
 from ..quant.artifacts import (
     OUTPUT_FORMAT,
     OUTPUT_VERSION,
@@ -36,7 +37,6 @@ from ..store import (
 from .blocks import (
     BlockWalk,
     activation_grids,
-    compiling_is_faster,
     own_biases,
     put_rounded,
     rounded_layers,
