@@ -6,9 +6,11 @@ from dataclasses import replace
 
 from src.errors import UserError
 from src.models.configs import CONFIGS, MMDiTConfig, config_named
+from src.models.gelu import gelu_of_power
 from src.models.mmdit import MMDiT, timestep_features
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -160,3 +162,11 @@ def test_configs_survive_json_and_name_what_is_wrong():
         MMDiTConfig(depth=1, hidden=10, heads=3)
     with pytest.raises(UserError, match="depth"):
         MMDiTConfig.from_dict({"hidden": 8, "heads": 1})
+
+
+def test_gelu_is_mlx_own_forward_and_backward():
+    x = mx.concatenate([mx.random.normal((40, 64)) * scale for scale in (1.0, 10.0, 100.0)])
+    assert mx.allclose(gelu_of_power(x), nn.gelu_approx(x), rtol=1e-4, atol=1e-6).item()
+    wanted = mx.grad(lambda y: (nn.gelu_approx(y) * y).sum())(x)
+    got = mx.grad(lambda y: (gelu_of_power(y) * y).sum())(x)
+    assert mx.allclose(got, wanted, rtol=1e-4, atol=1e-4).item()

@@ -27,7 +27,7 @@ from src.quant.rounding import RectifiedSigmoid
 from src.quant.standin import BlockData, StandInBlock
 from src.store import human_bytes
 from src.weight_track.blocks import run_block, stand_in_block
-from src.weight_track.plan import ACTIVATIONS_PER_TOKEN, ATTENTION_COPIES, RATES, WEIGHT_COPIES
+from src.weight_track.plan import RATES, WEIGHT_COPIES, values_per_row
 
 import click
 import mlx.core as mx
@@ -48,7 +48,7 @@ OUTLIER_FACTOR = 20.0
 @click.option("--batch-size", default=8, show_default=True)
 @click.option("--blocks", default=24, show_default=True)
 @click.option("--torch/--no-torch", default=True, show_default=True)
-@click.option("--torch-iters", default=30, show_default=True)
+@click.option("--torch-iters", default=300, show_default=True)
 @click.option("--name", default="sd3_weights", show_default=True, help="Of the report.")
 def main(model: str, blocks: int, torch: bool, torch_iters: int, name: str, **options: Any) -> None:
     """Measure the rounding of a full-size model."""
@@ -134,10 +134,9 @@ def estimate(transformer: MMDiT, options: dict[str, Any]) -> int:
     config = transformer.config
     tokens = options["tokens"] + options["text_tokens"]
     weights = sum(s.weight.size for s in stand_in_block(transformer, 0).stand_ins.values())
-    per_row = tokens * config.hidden * ACTIVATIONS_PER_TOKEN
-    per_row += config.heads * tokens**2 * ATTENTION_COPIES
     data = 2 * 2 * options["rows"] * tokens * config.hidden
-    return data + 4 * (WEIGHT_COPIES * weights + options["batch_size"] * per_row)
+    minibatch = options["batch_size"] * values_per_row(config, tokens)
+    return data + 4 * (WEIGHT_COPIES * weights + minibatch)
 
 
 def beside_torch(

@@ -21,6 +21,7 @@ import mlx.nn as nn
 
 from ..errors import UserError
 from .configs import MMDiTConfig
+from .gelu import gelu_tanh
 from .paths import BLOCKS, MODULATION
 
 NORM_EPS = 1e-6
@@ -117,7 +118,7 @@ class FeedForward(nn.Module):
         super().__init__()
         self.fc1 = nn.Linear(config.hidden, config.hidden * config.mlp_ratio)
         self.fc2 = nn.Linear(config.hidden * config.mlp_ratio, config.hidden)
-        self._activation = nn.gelu_approx if config.gelu == "tanh" else nn.gelu
+        self._activation = gelu_tanh if config.gelu == "tanh" else nn.gelu
 
     def __call__(self, x: mx.array) -> mx.array:
         return self.fc2(self._activation(self.fc1(x)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +19,7 @@ from .standin import BlockData, Power, StandInBlock, channel_power, stream_error
 BETA_1, BETA_2, EPSILON = 0.9, 0.999, 1e-8
 CHECKS = 4  # times that the hard rounding is judged during a run
 CHECK_ROWS = 32
+LANES = 4  # streams at most
 
 Tree = dict[str, Any]
 Step = Callable[..., tuple[Tree, Tree, mx.array]]
@@ -175,6 +177,7 @@ def train(run: Run, layers: dict[str, Layer], states: Tree, judge: Judge, best: 
     moments = {path: (mx.zeros_like(s), mx.zeros_like(s)) for path, s in states.items()}
     order = minibatches(len(run.data), settings.batch_size, settings.iters, rng)
     checks = {round(settings.iters * (i + 1) / CHECKS) for i in range(CHECKS)}
+    before = mx.array(0.0)
     for iteration, rows in enumerate(order):
         done = iteration / settings.iters
         step, constants = run.step(
@@ -182,7 +185,7 @@ def train(run: Run, layers: dict[str, Layer], states: Tree, judge: Judge, best: 
         )
         batch = run.data.rows(mx.array(rows)).arrays()
         key = mx.random.key(int(rng.integers(2**31)))
-        states, moments, _ = step(
+        states, moments, loss = step(
             constants,
             batch,
             states,
@@ -190,7 +193,10 @@ def train(run: Run, layers: dict[str, Layer], states: Tree, judge: Judge, best: 
             knobs_at(done, iteration, settings, run.rounding.rate_falls),
             key,
         )
-        mx.eval(states, moments)
+        # The next iteration is prepared while this one computes, and no further ahead.
+        mx.async_eval(states, moments, loss)
+        mx.eval(before)
+        before = loss
         if iteration + 1 in checks:
             codes = {p: run.rounding.codes(s, layers[p]).astype(mx.int8) for p, s in states.items()}
             run.block.module.update(run.constants["fixed"])
@@ -239,24 +245,37 @@ def make_step(block: StandInBlock, rounding: Rounding) -> Step:
         block.clear_hooks()
         return weighted(constants["stream_weight"], errors)
 
-    grad_of = mx.value_and_grad(loss_of)
+    grad_of, lanes = mx.value_and_grad(loss_of), own_lanes(len(block.stand_ins))
 
     def step(
         constants: Tree, batch: Tree, states: Tree, moments: Tree, knobs: Tree, key: mx.array
     ) -> tuple[Tree, Tree, mx.array]:
         layers = {p: Layer(constants["scale"][p], constants["base"][p]) for p in states}
-        soft = {p: rounding.steps(s, layers[p]) for p, s in states.items()}
-        weights = {p: value * wide(layers[p], value) for p, (value, _) in soft.items()}
+        soft, weights = {}, {}
+        for path, lane in zip(states, lanes, strict=False):
+            with mx.stream(lane):
+                soft[path] = rounding.steps(states[path], layers[path])
+                weights[path] = soft[path][0] * wide(layers[path], soft[path][0])
         loss, grads = grad_of(weights, constants, batch, key)
         new_states, new_moments = {}, {}
-        for path, state in states.items():
-            layer, known = layers[path], soft[path][1]
-            per_step = grads[path] * wide(layer, state)
-            gradient = rounding.gradient(known, layer, per_step, knobs["reg"], knobs["power"])
-            new_states[path], new_moments[path] = adam(state, gradient, moments[path], knobs)
+        for (path, state), lane in zip(states.items(), lanes, strict=False):
+            with mx.stream(lane):
+                layer, known = layers[path], soft[path][1]
+                per_step = grads[path] * wide(layer, state)
+                gradient = rounding.gradient(known, layer, per_step, knobs["reg"], knobs["power"])
+                new_states[path], new_moments[path] = adam(state, gradient, moments[path], knobs)
         return new_states, new_moments, loss
 
     return step
+
+
+def own_lanes(layers: int) -> list[mx.Stream]:
+    """A stream a layer, in turn: on a CPU, only matrix products use more than one core a stream."""
+    here = mx.default_device()
+    if here != mx.Device(mx.cpu):
+        return [mx.default_stream(here)] * layers
+    lanes = [mx.new_stream(here) for _ in range(min(os.cpu_count() or 1, LANES))]
+    return [lanes[place % len(lanes)] for place in range(layers)]
 
 
 def wide(layer: Layer, state: mx.array) -> mx.array:

@@ -135,7 +135,7 @@ class Refiner:
         loss, gradients = self._gradients(states, batch)
         gradients = self.average(gradients)
         states, moments = self._update(states, moments, gradients, rates)
-        mx.eval(states, moments, loss)
+        mx.async_eval(states, moments, loss)
         return states, moments, loss
 
 

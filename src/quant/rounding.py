@@ -113,7 +113,7 @@ class RectifiedSigmoid:
         return mx.log(share / (1 - share))
 
     def steps(self, state: mx.array, layer: Layer) -> tuple[mx.array, mx.array]:
-        sigmoid = mx.sigmoid(state)
+        sigmoid = logistic(state)
         return mx.clip(layer.base + rectified(sigmoid), *code_range(self.bits)), sigmoid
 
     def codes(self, state: mx.array, layer: Layer) -> mx.array:
@@ -125,12 +125,18 @@ class RectifiedSigmoid:
     ) -> mx.array:
         low, high = code_range(self.bits)
         stretched = known * (STRETCH_HIGH - STRETCH_LOW) + STRETCH_LOW
+        # Masks as factors: on a CPU `where` takes several times as long.
         slope = (STRETCH_HIGH - STRETCH_LOW) * known * (1 - known)
-        slope = mx.where((stretched > 0) & (stretched < 1), slope, 0)
+        slope = slope * (stretched > 0) * (stretched < 1)
         inside = (layer.base >= low) & (layer.base < high)
         signed = 2 * stretched - 1
         penalty = -2 * power * mx.sign(signed) * mx.power(mx.abs(signed), power - 1)
-        return slope * (mx.where(inside, per_step, 0) + reg * penalty)
+        return slope * (per_step * inside + reg * penalty)
+
+
+def logistic(x: mx.array) -> mx.array:
+    """The sigmoid. MLX's own takes three times as long on a CPU, where `power` beats `exp`."""
+    return 1 / (1 + mx.power(mx.array(math.e, dtype=x.dtype), -x))
 
 
 def rectified(sigmoid: mx.array) -> mx.array:
@@ -140,7 +146,7 @@ def rectified(sigmoid: mx.array) -> mx.array:
 
 def regulariser(alpha: mx.array, power: float) -> mx.array:
     """Mean of 1 − |2h(α) − 1|^power: 0 where every weight has decided, 1 where none has."""
-    return mx.mean(1 - mx.power(mx.abs(2 * rectified(mx.sigmoid(alpha)) - 1), power))
+    return mx.mean(1 - mx.power(mx.abs(2 * rectified(logistic(alpha)) - 1), power))
 
 
 def annealed_power(done: float, warmup: float, high: float, low: float) -> float:

@@ -12,9 +12,10 @@ from ..calibration.block_cache import BlockCache
 from ..calibration.trajectories import Trajectories
 from ..cli import memory_bytes
 from ..errors import UserError
+from ..models.configs import MMDiTConfig
 from ..models.load import load_pipeline
 from ..models.paths import BLOCKS, block_linears
-from ..models.pipeline import Pipeline
+from ..models.pipeline import Pipeline, compiling_is_faster
 from ..quant.artifacts import BEFORE_REFINING, FINAL, QuantConfig
 from ..quant.block_rounding import LEARNED, METHODS, RoundingSettings
 from ..quant.grid import GROUP_SIZES, check_bits, grouped
@@ -29,8 +30,8 @@ RATES = {"adaround": 1e-1, "ste": 2e-3}
 # Float32 copies of a block's weights at once: master, base, state, two moments, weight, gradient.
 WEIGHT_COPIES = 9
 # Float32 values of the hidden size that one token of a minibatch leaves for the gradient.
-ACTIVATIONS_PER_TOKEN = 60
-ATTENTION_COPIES = 4  # of (heads, tokens, tokens) for each row
+ACTIVATIONS_PER_TOKEN = 150
+ATTENTION_COPIES = 4  # of (heads, tokens, tokens) for each row, where attention is not fused
 # Refining is the default for networks that a plain machine refines in minutes.
 REFINE, REFINED_BY_DEFAULT = 400, 100_000_000  # iterations; weights
 # Float32 copies of all weights: master, the rest of the network, state, two moments, weight,
@@ -264,6 +265,14 @@ def disk_bytes(plan: Plan) -> int:
     return 2 * total if plan.refines else total
 
 
+def values_per_row(config: MMDiTConfig, tokens: int) -> int:
+    """Float32 values that one block keeps of one row of a minibatch for the gradient."""
+    values = tokens * config.hidden * ACTIVATIONS_PER_TOKEN
+    if not compiling_is_faster():
+        values += config.heads * tokens**2 * ATTENTION_COPIES
+    return values
+
+
 def memory_bytes_needed(plan: Plan) -> int:
     """At once, roughly: one block's data, its float32 copies and a minibatch's activations."""
     config, metadata = plan.pipeline.transformer.config, plan.cache.metadata
@@ -274,8 +283,7 @@ def memory_bytes_needed(plan: Plan) -> int:
         linear.weight.size for linear in block_paths(plan.pipeline.transformer, 0).values()
     )
     batch = min(plan.options.batch_size, rows)
-    per_row = tokens * config.hidden * ACTIVATIONS_PER_TOKEN
-    per_row += config.heads * tokens**2 * ATTENTION_COPIES
+    per_row = values_per_row(config, tokens)
     streams = 2 if plan.options.prefix == "quantized" or plan.cache.entry_only else 1
     return streams * data + 4 * (WEIGHT_COPIES * weights + batch * per_row)
 
@@ -283,9 +291,7 @@ def memory_bytes_needed(plan: Plan) -> int:
 def refining_bytes_needed(plan: Plan, ranks: int) -> int:
     """At once, roughly: copies of all weights, and a minibatch's activations in every block."""
     config, rows = plan.pipeline.transformer.config, plan.cache.metadata["rows"]
-    tokens = sum(plan.cache.metadata["tokens"])
-    per_row = tokens * config.hidden * ACTIVATIONS_PER_TOKEN
-    per_row += config.heads * tokens**2 * ATTENTION_COPIES
+    per_row = values_per_row(config, sum(plan.cache.metadata["tokens"]))
     batch = rows * -(-plan.options.batch_size // ranks)
     return 4 * (NETWORK_COPIES * network_weights(plan.pipeline) + batch * config.depth * per_row)
 
