@@ -27,7 +27,7 @@ def grid_at(layer: LayerConfig, sigma, sigmas=SIGMAS) -> tuple[np.ndarray, np.nd
     """(rows,) scales and limits at one or several sigmas."""
     step = Step(Schedule(sigmas))
     step.set_sigma(sigma)
-    scale, limit = step.grid(spread_table(layer.scale, layer.bits), 1)
+    scale, limit = step.grid(step.add(spread_table(layer.scale, layer.bits)), 1)
     return np.array(scale), np.array(limit)
 
 

@@ -12,6 +12,7 @@ import mlx.core as mx
 from ..errors import UserError
 
 GROUP_SIZES = (0, 32, 64, 128)  # 0: the whole row, one scale per output channel
+NO_FRACTION = 1.5 * 2.0**23
 SMALLEST_SCALE = 1e-12  # of an all-zero row, whose codes are then 0
 CLIP_RATIOS = tuple(1 - 0.025 * i for i in range(27))  # of the largest weight, 1 down to 0.35
 
@@ -29,6 +30,17 @@ def code_range(bits: int) -> tuple[int, int]:
 def activation_limit(bits: int) -> int:
     """Q, the largest code of an activation; the smallest is -Q."""
     return 2 ** (bits - 1) - 1
+
+
+def whole(x: mx.array) -> mx.array:
+    """float32 x to the nearest whole number, ties to the even one, for |x| below 2^22.
+
+    On a CPU two additions take less than half the time of MLX's `round`: beside 1.5·2^23 a float32
+    has no digits left after the point. A compiler of GPU kernels might take them for nothing.
+    """
+    if mx.default_device() == mx.Device(mx.cpu):
+        return (x + NO_FRACTION) - NO_FRACTION
+    return mx.round(x)
 
 
 def fine_limit(bits: int) -> int:

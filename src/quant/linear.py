@@ -13,7 +13,14 @@ import numpy as np
 from ..backends import Backend, Device, Weight, select
 from ..errors import UserError
 from .artifacts import LayerConfig, RoundedLayer
-from .grid import SMALLEST_SCALE, absmax_scale, activation_limit, coarse_limit, nearest_codes
+from .grid import (
+    SMALLEST_SCALE,
+    absmax_scale,
+    activation_limit,
+    coarse_limit,
+    nearest_codes,
+    whole,
+)
 from .packing import pack_codes
 from .schedule import Schedule, Step, spread_table
 from .simulate import two_region_codes
@@ -152,9 +159,10 @@ class QuantizedLinear(nn.Module):
         largest = self.largest_code() if quantizes else None
         self._operand = self._backend.prepare(packed, self._dtype, largest)
         if "a_scale" in self:
-            self._table = spread_table(np.array(self.a_scale).tolist(), self.a_bits.tolist())
             self._step = runtime.step or Step(Schedule((1.0,)))
             self.check_steps()
+            table = spread_table(np.array(self.a_scale).tolist(), self.a_bits.tolist())
+            self._number = self._step.add(table)
 
     @property
     def kernel(self) -> str:
@@ -258,14 +266,14 @@ class QuantizedLinear(nn.Module):
         a static grid the last code.
         """
         x = x.astype(mx.float32)
-        scale, limit = self._step.grid(self._table, x.ndim)
+        scale, limit = self._step.grid(self._number, x.ndim)
         if self._per_token:
             largest = mx.abs(x).max(axis=-1, keepdims=True)
             scale = mx.maximum(largest / limit, SMALLEST_SCALE)
         elif self._coarse[0] > 1:
             fine, coarse = (limit - 1) / 2, limit if self._coarse[1] == 1 else (limit - 1) / 2
             return two_region_codes(x / scale, fine, coarse, *self._coarse), scale
-        return mx.clip(mx.round(x / scale), -limit, limit), scale
+        return mx.clip(whole(x / scale), -limit, limit), scale
 
 
 def step_bias(

@@ -69,9 +69,9 @@ class Schedule:
 class SpreadTable:
     """One layer's activation grid at every place: scale·exp(part·log_ratio), codes to ±limit."""
 
-    scale: mx.array
-    limit: mx.array
-    log_ratio: mx.array
+    scale: np.ndarray
+    limit: np.ndarray
+    log_ratio: np.ndarray
 
 
 def spread_table(scale: Sequence[float], bits: Sequence[int]) -> SpreadTable:
@@ -85,34 +85,58 @@ def spread_table(scale: Sequence[float], bits: Sequence[int]) -> SpreadTable:
     wider[1::2] = np.maximum(limits[:-1], limits[1:])
     scales[1::2] = ranges[:-1] / wider[1::2]
     ratios[1::2] = np.log(ranges[1:] / ranges[:-1])
-    return SpreadTable(*(mx.array(a.astype(np.float32)) for a in (scales, wider, ratios)))
+    return SpreadTable(*(a.astype(np.float32) for a in (scales, wider, ratios)))
 
 
 class Step:
-    """Where the sampler is: one object that all quantized layers of a model read."""
+    """Where the sampler is: one object that all quantized layers of a model read.
+
+    It holds their tables, so that the scales of all layers are found at once: each by itself would
+    take as long as quantizing a small input.
+    """
 
     def __init__(self, schedule: Schedule) -> None:
         self.schedule = schedule
+        self._tables: list[SpreadTable] = []
+        self._stacked: SpreadTable | None = None
         self.set_sigma(schedule.sigmas[0])
+
+    def add(self, table: SpreadTable) -> int:
+        """Keeps a layer's table; the number by which `grid` knows it."""
+        self._tables.append(table)
+        self._stacked = self._found = None
+        return len(self._tables) - 1
 
     def set_sigma(self, sigma: mx.array | float) -> None:
         """One noise level, or one for each row of the batch."""
         self.place, self.part = self.schedule.locate(mx.array(sigma))
+        self._found: tuple[mx.array, mx.array] | None = None
 
     @contextmanager
     def at(self, sigma: mx.array | float) -> Iterator[None]:
         """The noise level while the context lasts; what a compiled function traces stays in it."""
-        before = self.place, self.part
+        before = self.place, self.part, self._found
         self.set_sigma(sigma)
         try:
             yield
         finally:
-            self.place, self.part = before
+            self.place, self.part, self._found = before
 
-    def grid(self, table: SpreadTable, ndim: int) -> tuple[mx.array, mx.array]:
-        """Scale and limit for an input of that many dimensions, one or one a row of the batch."""
-        scale = table.scale[self.place] * mx.exp(self.part * table.log_ratio[self.place])
-        return per_row(scale, ndim), per_row(table.limit[self.place], ndim)
+    def grid(self, number: int, ndim: int) -> tuple[mx.array, mx.array]:
+        """A layer's scale and limit for an input of that many dimensions, one or one a row."""
+        if self._found is None:
+            self._found = self.grids()
+        return tuple(per_row(values[number], ndim) for values in self._found)
+
+    def grids(self) -> tuple[mx.array, mx.array]:
+        """(layers, rows) scales and limits of here."""
+        if self._stacked is None:
+            fields = (vars(table).values() for table in self._tables)
+            self._stacked = SpreadTable(*(np.stack(field) for field in zip(*fields, strict=True)))
+        scale, limit, ratio = (
+            mx.array(field)[:, self.place] for field in vars(self._stacked).values()
+        )
+        return scale * mx.exp(self.part * ratio), limit
 
     def vector(self, vectors: mx.array, ndim: int) -> mx.array:
         """Of (steps, channels) vectors the one of here, linear between steps; of one, that one."""

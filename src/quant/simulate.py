@@ -9,7 +9,7 @@ import mlx.nn as nn
 import numpy as np
 
 from .artifacts import LayerConfig
-from .grid import SMALLEST_SCALE, activation_limit, coarse_limit, fine_limit
+from .grid import SMALLEST_SCALE, activation_limit, coarse_limit, fine_limit, whole
 
 Quantizer = Callable[[mx.array], mx.array]
 Velocity = Callable[[mx.array, mx.array, mx.array, mx.array], mx.array]
@@ -74,10 +74,11 @@ def two_region_codes(
     ratio: mx.array, fine: mx.array, limit: mx.array, coarse: int, sides: int
 ) -> mx.array:
     """Whole numbers: -fine … fine, and beyond them multiples of `coarse` up to limit·coarse."""
-    small = mx.clip(mx.round(ratio), -fine, fine)
-    large = mx.clip(mx.round(ratio / coarse), -limit, limit) * coarse
     reach = mx.abs(ratio) if sides == 2 else ratio
-    return mx.where(reach <= fine, small, large)
+    # One pass for both regions, in units of 1 or `coarse`.
+    unit = 1 + (reach > fine) * float(coarse - 1)
+    least = -limit if sides == 2 else -fine
+    return mx.clip(whole(ratio / unit), least, limit) * unit
 
 
 def token_quantizer(step: CurrentStep, layer: LayerConfig) -> Quantizer:
