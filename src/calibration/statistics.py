@@ -27,6 +27,7 @@ import mlx.nn as nn
 import numpy as np
 
 from ..errors import UserError
+from ..lanes import lanes
 from ..models.mmdit import MMDiT
 from ..models.paths import block_linears, input_of, replaced
 from ..models.pipeline import compiling_is_faster
@@ -70,14 +71,18 @@ def collect(model: MMDiT, inputs: Inputs, samples: int) -> list[dict[str, Sample
 
     `inputs` holds the samples' rows, then (under guidance) as many of their negatives.
     """
-    found: dict[str, dict[str, mx.array]] = {}
+    found: dict[str, Reduced] = {}
+    before: list[mx.array] = []
 
     def tap(path: str, linear: nn.Module) -> Tap:
         def observe(x: mx.array) -> mx.array:
-            reduced = reduction(samples, is_post_gelu(path), compiling_is_faster())(x)
-            found[path] = reduced
-            # What follows waits for the reductions, or all activations would be kept until then.
-            return mx.depends(x, list(reduced.values()))
+            # The forward goes on beside the reductions, but only as far as the next ones: else all
+            # activations would be kept until then.
+            waited = mx.depends(x, before) if before else x
+            with mx.stream(lanes()[-1]):
+                found[path] = reduction(samples, is_post_gelu(path), compiling_is_faster())(x)
+            before[:] = found[path].values()
+            return waited
 
         return Tap(linear, observe)
 
@@ -113,7 +118,8 @@ def reduce_input(x: mx.array, samples: int, centred: bool) -> Reduced:
     stride = histogram.counting_stride(halves * tokens * channels, channels)
 
     def counts(values: mx.array) -> mx.array:
-        return histogram.count(values.swapaxes(0, 1).reshape(samples, -1)[:, ::stride])
+        counted = values.reshape(halves, samples, -1)[:, :, ::stride]
+        return histogram.count(counted.swapaxes(0, 1).reshape(samples, -1))
 
     reduced = {
         "minimum": over_tokens(mx.min, x),

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import cycle
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
+from ..lanes import lanes
 from .grid import dequantize, spread
 from .qdrop import ActivationGrid, dropped_fake_quantize
 from .rounding import Layer, Rounding, annealed_power, start_between
@@ -19,7 +20,6 @@ from .standin import BlockData, Power, StandInBlock, channel_power, stream_error
 BETA_1, BETA_2, EPSILON = 0.9, 0.999, 1e-8
 CHECKS = 4  # times that the hard rounding is judged during a run
 CHECK_ROWS = 32
-LANES = 4  # streams at most
 
 Tree = dict[str, Any]
 Step = Callable[..., tuple[Tree, Tree, mx.array]]
@@ -245,20 +245,20 @@ def make_step(block: StandInBlock, rounding: Rounding) -> Step:
         block.clear_hooks()
         return weighted(constants["stream_weight"], errors)
 
-    grad_of, lanes = mx.value_and_grad(loss_of), own_lanes(len(block.stand_ins))
+    grad_of = mx.value_and_grad(loss_of)
 
     def step(
         constants: Tree, batch: Tree, states: Tree, moments: Tree, knobs: Tree, key: mx.array
     ) -> tuple[Tree, Tree, mx.array]:
         layers = {p: Layer(constants["scale"][p], constants["base"][p]) for p in states}
         soft, weights = {}, {}
-        for path, lane in zip(states, lanes, strict=False):
+        for path, lane in zip(states, cycle(lanes()), strict=False):
             with mx.stream(lane):
                 soft[path] = rounding.steps(states[path], layers[path])
                 weights[path] = soft[path][0] * wide(layers[path], soft[path][0])
         loss, grads = grad_of(weights, constants, batch, key)
         new_states, new_moments = {}, {}
-        for (path, state), lane in zip(states.items(), lanes, strict=False):
+        for (path, state), lane in zip(states.items(), cycle(lanes()), strict=False):
             with mx.stream(lane):
                 layer, known = layers[path], soft[path][1]
                 per_step = grads[path] * wide(layer, state)
@@ -267,15 +267,6 @@ def make_step(block: StandInBlock, rounding: Rounding) -> Step:
         return new_states, new_moments, loss
 
     return step
-
-
-def own_lanes(layers: int) -> list[mx.Stream]:
-    """A stream a layer, in turn: on a CPU, only matrix products use more than one core a stream."""
-    here = mx.default_device()
-    if here != mx.Device(mx.cpu):
-        return [mx.default_stream(here)] * layers
-    lanes = [mx.new_stream(here) for _ in range(min(os.cpu_count() or 1, LANES))]
-    return [lanes[place % len(lanes)] for place in range(layers)]
 
 
 def wide(layer: Layer, state: mx.array) -> mx.array:
