@@ -31,6 +31,8 @@ COMMANDS = {
     "collect-layer-activations": "collect_layer_activations",
     "analyze-activations": "analyze_activations",
     "load-adaround-model": "load_adaround_model",
+    "evaluate": "evaluate",
+    "convert-to-int8": "convert_to_int8",
 }
 
 

@@ -72,9 +72,10 @@ def test_arrows_point_one_way(path):
         "sampling": {"errors", "store"},
         "models": {"errors", "store", "sampling"},
         "backends": {"errors"},
-        "quant": {"errors", "store", "backends"},
-        "calibration": {"errors", "store", "sampling", "models"},
+        "quant": {"errors", "lanes", "store", "backends"},
+        "calibration": {"errors", "lanes", "store", "sampling", "models"},
         "report": {"errors", "store"},
+        "conversion": {"errors", "store", "models", "quant"},
         "metrics": {"errors", "store", "sampling", "models", "calibration"},
         "activation_track": {
             *("errors", "store", "sampling", "models", "calibration", "quant", "report"),
@@ -82,6 +83,9 @@ def test_arrows_point_one_way(path):
         "weight_track": {
             *("cli", "distributed", "errors", "store", "sampling", "models"),
             *("calibration", "quant", "metrics"),
+        },
+        "evaluation": {
+            *("errors", "store", "sampling", "models", "metrics", "report", "inference"),
         },
         "inference": {
             *("cli", "errors", "store", "sampling", "models", "calibration", "quant"),

@@ -86,11 +86,16 @@ def teacher_forced_sqnr(model: MMDiT | Velocity, reference: Reference) -> np.nda
 
 
 def bootstrap_interval(
-    values: np.ndarray, *, draws: int = 2000, level: float = 0.95, seed: int = 0
+    values: np.ndarray,
+    *,
+    draws: int = 2000,
+    level: float = 0.95,
+    seed: int = 0,
+    of: Callable[[np.ndarray], float] = np.mean,
 ) -> tuple[float, float]:
-    """Interval of the mean of one value per caption; for a difference, pass paired differences."""
-    rng = np.random.default_rng(seed)
-    chosen = rng.integers(0, len(values), (draws, len(values)))
-    means = np.asarray(values)[chosen].mean(axis=1)
+    """Interval of the mean, or of another figure, of one value per caption; for a difference, pass
+    paired differences."""
+    rng, values = np.random.default_rng(seed), np.asarray(values)
+    found = [of(values[rng.integers(0, len(values), len(values))]) for _ in range(draws)]
     tail = 50 * (1 - level)
-    return float(np.percentile(means, tail)), float(np.percentile(means, 100 - tail))
+    return float(np.percentile(found, tail)), float(np.percentile(found, 100 - tail))

@@ -2,7 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Mean (d,) and covariance (d, d) of some features."""
+
+    mean: np.ndarray
+    covariance: np.ndarray
+
+    def distance(self, other: Moments) -> float:
+        """Squared Fréchet distance to another set's Gaussian."""
+        return sum(self.parts(other))
+
+    def parts(self, other: Moments) -> tuple[float, float]:
+        """That distance as what the means add to it, and what the covariances add."""
+        return frechet_parts(self.mean, self.covariance, other.mean, other.covariance)
 
 
 class Gaussian:
@@ -45,15 +63,26 @@ class Gaussian:
             raise ValueError(f"a covariance needs at least 2 features, got {self.count}")
         return self._scatter / (self.count - 1)
 
+    @property
+    def moments(self) -> Moments:
+        return Moments(self.mean, self.covariance)
+
     def distance(self, other: Gaussian) -> float:
         """Squared Fréchet distance to another set's Gaussian."""
-        return frechet_distance(self.mean, self.covariance, other.mean, other.covariance)
+        return self.moments.distance(other.moments)
 
 
 def frechet_distance(
     mean_1: np.ndarray, covariance_1: np.ndarray, mean_2: np.ndarray, covariance_2: np.ndarray
 ) -> float:
-    """|μ1 − μ2|² + tr C1 + tr C2 − 2·tr (C1 C2)^½, the square of the distance.
+    """|μ1 − μ2|² + tr C1 + tr C2 − 2·tr (C1 C2)^½, the square of the distance."""
+    return sum(frechet_parts(mean_1, covariance_1, mean_2, covariance_2))
+
+
+def frechet_parts(
+    mean_1: np.ndarray, covariance_1: np.ndarray, mean_2: np.ndarray, covariance_2: np.ndarray
+) -> tuple[float, float]:
+    """Of that sum the first term, and the other three.
 
     The last trace is the sum of the singular values of C1^½ C2^½, which keeps all digits where a
     root of the eigenvalues of C1 C2 would lose half of them.
@@ -61,7 +90,7 @@ def frechet_distance(
     product = square_root(covariance_1) @ square_root(covariance_2)
     shared = np.linalg.svd(product, compute_uv=False).sum()
     apart = np.sum(np.square(np.subtract(mean_1, mean_2, dtype=np.float64)))
-    return float(apart + np.trace(covariance_1) + np.trace(covariance_2) - 2 * shared)
+    return float(apart), float(np.trace(covariance_1) + np.trace(covariance_2) - 2 * shared)
 
 
 def square_root(covariance: np.ndarray) -> np.ndarray:

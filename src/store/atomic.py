@@ -64,6 +64,15 @@ def remove_stale_temporaries(folder: str | Path) -> list[Path]:
     return [path for path in sorted(found) if _remove_if_stale(path)]
 
 
+def remove_stale_temporaries_of(path: str | Path) -> list[Path]:
+    """Remove what killed writers of the one file `path` left beside it."""
+    target = Path(path)
+    start = f".{target.name}.tmp-"
+    names = os.listdir(target.parent) if target.parent.is_dir() else []
+    found = [target.parent / n for n in names if n.startswith(start) and _TEMPORARY.fullmatch(n)]
+    return [path for path in sorted(found) if _remove_if_stale(path)]
+
+
 def _create_temporary(target: Path) -> tuple[BinaryIO, Path]:
     """A new file beside `target`, locked for as long as it is open: the sign that it is in use."""
     while True:

@@ -8,7 +8,8 @@ import re
 import struct
 import zipfile
 import zlib
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -77,6 +78,44 @@ def load_npz(
     return arrays
 
 
+class NpzReader:
+    """An open npz file of which arrays are read one at a time, whatever it holds in all."""
+
+    def __init__(self, path: str | Path, archive: zipfile.ZipFile, size: int) -> None:
+        self._path, self._archive = path, archive
+        with self._sound():
+            self._members = _checked_members(archive, size, max_bytes=None)
+            self.arrays = {name: self._look(info) for name, info in self._members.items()}
+
+    def read(self, name: str) -> np.ndarray:
+        with self._sound():
+            return _read_member(self._archive, self._members[name])
+
+    def _look(self, info: zipfile.ZipInfo) -> tuple[str, tuple[int, ...]]:
+        with self._archive.open(info) as member:
+            dtype, _, shape, _ = _read_array_header(member, info.filename)
+        return dtype.name, shape
+
+    @contextmanager
+    def _sound(self) -> Iterator[None]:
+        try:
+            yield
+        except _UNSOUND as error:
+            raise damaged(self._path, f"not a sound npz file ({one_line(error)})") from error
+
+
+@contextmanager
+def open_npz(path: str | Path, hint: str = "") -> Iterator[NpzReader]:
+    """A reader whose `arrays` tell dtype name and shape of each; `read(name)` reads one."""
+    with open_for_reading(path, hint) as (file, size):
+        try:
+            archive = zipfile.ZipFile(file)
+        except _UNSOUND as error:
+            raise damaged(path, f"not a sound npz file ({one_line(error)})") from error
+        with archive:
+            yield NpzReader(path, archive, size)
+
+
 _UNSOUND = (
     zipfile.BadZipFile,
     zlib.error,
@@ -107,7 +146,7 @@ def _storable(path: str | Path, name: str, value: Any) -> np.ndarray:
 
 
 def _checked_members(
-    archive: zipfile.ZipFile, file_size: int, max_bytes: int
+    archive: zipfile.ZipFile, file_size: int, max_bytes: int | None
 ) -> dict[str, zipfile.ZipInfo]:
     """Array name: member, after every claim that can be checked without reading data."""
     members: dict[str, zipfile.ZipInfo] = {}
@@ -126,7 +165,7 @@ def _checked_members(
             raise ValueError(f"array {shown(name)} claims more bytes than the file can hold")
         members[name] = info
     total = sum(info.file_size for info in members.values())
-    if total > max_bytes:
+    if max_bytes is not None and total > max_bytes:
         raise ValueError(f"its arrays take {total} bytes, more than the limit of {max_bytes}")
     return members
 

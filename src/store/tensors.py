@@ -7,7 +7,7 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,11 +44,16 @@ _CODES = {name: (code, itemsize) for code, (name, itemsize) in _DTYPES.items()}
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a safetensors header says of one tensor; `nbytes` is its size in the file."""
+    """What a safetensors header says of one tensor; `nbytes` is its size in the file.
+
+    `start` is the byte of the file at which a tensor that was read begins; it makes no difference
+    to which tensor it is.
+    """
 
     dtype: str
     shape: tuple[int, ...]
     nbytes: int
+    start: int = field(default=0, compare=False)
 
 
 def read_header(path: str | Path, hint: str = "") -> tuple[dict[str, TensorInfo], dict[str, str]]:
@@ -67,7 +72,9 @@ def read_header(path: str | Path, hint: str = "") -> tuple[dict[str, TensorInfo]
         _check_cover(spans, size - 8 - length)
     except (ValueError, RecursionError, MemoryError) as error:
         raise damaged(path, f"its header is not sound ({one_line(error)})") from error
-    return {name: info for name, (info, _) in spans.items()}, metadata
+    data = 8 + length
+    placed = {name: replace(info, start=data + span[0]) for name, (info, span) in spans.items()}
+    return placed, metadata
 
 
 def load_tensors(
@@ -93,24 +100,36 @@ def save_tensors(
     path: str | Path, tensors: Mapping[str, Any], metadata: Mapping[str, str] = METADATA
 ) -> None:
     """Write MLX or numpy arrays to one file, atomically; the same tensors give the same bytes."""
+    header, places = lay_out(path, tensors, metadata)
+    with atomic_write(path) as file:
+        file.write(header)
+        for name in places:
+            file.write(raw_bytes(tensors[name]))
+
+
+def lay_out(
+    path: str | Path, tensors: Mapping[str, Any], metadata: Mapping[str, str] = METADATA
+) -> tuple[bytes, dict[str, int]]:
+    """A file's first bytes, and the byte at which each tensor begins, in the order of the file.
+
+    `tensors` are arrays or `TensorInfo`s: what counts is dtype, shape and nbytes.
+    """
     # Wide types first keeps every tensor aligned to its own item size.
     entries = {name: _entry(path, name, tensor) for name, tensor in tensors.items()}
     order = sorted(tensors, key=lambda name: (-entries[name][1], name))
     header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
-    position = 0
+    position, places = 0, {}
     for name in order:
         entry, _, nbytes = entries[name]
         header[name] = {**entry, "data_offsets": [position, position + nbytes]}
+        places[name] = position
         position += nbytes
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
     if len(encoded) > MAX_HEADER_BYTES:
         raise UserError(f"cannot write {path}: too many tensors for one file; use smaller shards")
-    with atomic_write(path) as file:
-        file.write(len(encoded).to_bytes(8, "little"))
-        file.write(encoded)
-        for name in order:
-            file.write(raw_bytes(tensors[name]))
+    head = len(encoded).to_bytes(8, "little") + encoded
+    return head, {name: len(head) + place for name, place in places.items()}
 
 
 def save_folder(
@@ -156,23 +175,54 @@ def load_folder(
 ) -> dict[str, mx.array]:
     """The tensors of a folder that holds one file, or shards and an index."""
     folder = Path(folder)
-    index = folder / f"{stem}.safetensors.index.json"
-    if not os.path.exists(index):
-        single = folder / f"{stem}.safetensors"
-        if not os.path.exists(single) and any(folder.glob(f"{stem}-*-of-*.safetensors")):
-            raise UserError(f"{index} is missing beside its shards; make the folder again")
-        return load_tensors(single, expect, allow_extra, hint)
+    index = _index_of(folder, stem)
+    if index is None:
+        return load_tensors(folder / f"{stem}.safetensors", expect, allow_extra, hint)
     tensors: dict[str, mx.array] = {}
     for name, listed in _read_index(index).items():
-        shard = load_tensors(folder / name, hint="it is listed in the index: copy it here too")
-        if set(shard) != listed:
-            lacking, extra = sorted(listed - set(shard)), sorted(set(shard) - listed)
-            what = f"lacks {shown(lacking[0])}" if lacking else f"also has {shown(extra[0])}"
-            raise damaged(folder / name, f"against its index {index.name} it {what}")
+        shard = load_tensors(folder / name, hint=_LISTED)
+        _check_listed(folder / name, set(shard), listed, index)
         tensors.update(shard)
     found = {name: (dtype_name(t.dtype), tuple(t.shape)) for name, t in tensors.items()}
     check_expected(folder, found, expect, allow_extra)
     return tensors
+
+
+def read_folder_headers(
+    folder: str | Path, stem: str = "model", hint: str = ""
+) -> dict[Path, tuple[dict[str, TensorInfo], dict[str, str]]]:
+    """Of each file of such a folder, its tensors and its metadata."""
+    folder = Path(folder)
+    index = _index_of(folder, stem)
+    if index is None:
+        single = folder / f"{stem}.safetensors"
+        return {single: read_header(single, hint)}
+    headers = {}
+    for name, listed in _read_index(index).items():
+        headers[folder / name] = read_header(folder / name, hint=_LISTED)
+        _check_listed(folder / name, set(headers[folder / name][0]), listed, index)
+    return headers
+
+
+_LISTED = "it is listed in the index: copy it here too"
+
+
+def _index_of(folder: Path, stem: str) -> Path | None:
+    """The index of a folder of shards; None where there is a single file."""
+    index = folder / f"{stem}.safetensors.index.json"
+    if os.path.exists(index):
+        return index
+    single = folder / f"{stem}.safetensors"
+    if not os.path.exists(single) and any(folder.glob(f"{stem}-*-of-*.safetensors")):
+        raise UserError(f"{index} is missing beside its shards; make the folder again")
+    return None
+
+
+def _check_listed(path: Path, found: set[str], listed: set[str], index: Path) -> None:
+    if found != listed:
+        lacking, extra = sorted(listed - found), sorted(found - listed)
+        what = f"lacks {shown(lacking[0])}" if lacking else f"also has {shown(extra[0])}"
+        raise damaged(path, f"against its index {index.name} it {what}")
 
 
 def _checked_metadata(metadata: Any) -> dict[str, str]:

@@ -106,7 +106,10 @@ class Scorer(nn.Module):
         """Logits: "heat" (n, 16, 16), "offset" (n, 16, 16, 2) in cells, one map per attribute, and
         "background" (n, 6).
         """
-        _, last = self.maps(pictures)
+        return self.heads(self.maps(pictures)[1])
+
+    def heads(self, last: mx.array) -> dict[str, mx.array]:
+        """The logits that follow from the last map."""
         cells = self.cell_head(last)
         logits = {"heat": cells[..., 0] + HEAT_PRIOR, "offset": cells[..., 1:3]}
         start = 3
@@ -118,15 +121,11 @@ class Scorer(nn.Module):
 
     def features(self, pictures: mx.array) -> mx.array:
         """(n, 192) means of the last and the middle map, for the Fréchet distance."""
-        middle, last = self.maps(pictures)
-        return mx.concatenate([last.mean(axis=(1, 2)), middle.mean(axis=(1, 2))], axis=-1)
+        return pooled_maps(*self.maps(pictures))
 
     def spatial_features(self, pictures: mx.array) -> mx.array:
         """(n, 192) 12 channels of the middle map on a 4x4 grid, for the spatial distance."""
-        middle, _ = self.maps(pictures)
-        n, height, width, channels = middle.shape
-        grid = middle.reshape(n, 4, height // 4, 4, width // 4, channels).mean(axis=(2, 4))
-        return grid[..., :SPATIAL_CHANNELS].reshape(n, -1)
+        return gridded_map(self.maps(pictures)[0])
 
     def detect(self, pictures: mx.array, batch_size: int = 64) -> Detections:
         """The objects and the background that the network sees in each picture."""
@@ -135,6 +134,18 @@ class Scorer(nn.Module):
             logits = self(pictures[start : start + batch_size])
             parts.append({name: np.array(values) for name, values in logits.items()})
         return decode({name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
+
+
+def pooled_maps(middle: mx.array, last: mx.array) -> mx.array:
+    """Means of both maps over the picture, the last one's first."""
+    return mx.concatenate([last.mean(axis=(1, 2)), middle.mean(axis=(1, 2))], axis=-1)
+
+
+def gridded_map(middle: mx.array) -> mx.array:
+    """Means of the first channels over each cell of a 4x4 grid."""
+    n, height, width, channels = middle.shape
+    grid = middle.reshape(n, 4, height // 4, 4, width // 4, channels).mean(axis=(2, 4))
+    return grid[..., :SPATIAL_CHANNELS].reshape(n, -1)
 
 
 def decode(logits: dict[str, np.ndarray]) -> Detections:

@@ -1,0 +1,150 @@
+"""How good pictures are: FID, sFID, Inception Score, and fidelity picture by picture."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .backends import BACKENDS
+from .cli import command, peak_memory_bytes
+from .errors import UserError
+from .evaluation.networks import Network, network
+from .evaluation.report import check_target, figures_of, headline, write_all
+from .evaluation.sources import DTYPES, Drawing, Folder, Order, is_model, is_statistics, open_folder
+from .evaluation.statistics import SPLITS, Known, load_statistics
+from .evaluation.work import Settings, prepare, run
+from .inference.saved import is_saved
+from .models.load import MODELS
+from .store import hash_file, human_bytes
+
+PICTURES = "a folder of pictures"
+MODEL = f"a model ({', '.join(MODELS)}, a pipeline's or saved folder)"
+
+
+def evaluate(
+    pictures: str | Path | None = None,
+    output: str | Path = "evaluation",
+    *,
+    model: str | None = None,
+    against: str | Path | None = None,
+    inception: str | Path | None = None,
+    seed: int = 0,
+    against_seed: int | None = None,
+    save_statistics: str | Path | None = None,
+    force: bool = False,
+    fid: bool = True,
+    paired: bool = True,
+    splits: int | None = None,
+    batch_size: int = 16,
+    **order: Any,
+) -> dict[str, Any]:
+    """Measures the pictures in a folder, or those that a model draws, and gives all figures.
+
+    `order` are the fields of `evaluation.sources.Order`, named as on the command line.
+    """
+    settings, drawn = Settings(fid, paired, splits, batch_size), Order(**order)
+    statistics = None if save_statistics is None else Path(save_statistics)
+    check_target(Path(output), statistics, force)
+    eyes = network(inception)
+    found = open_found(pictures, model, drawn, seed)
+    name = own_reference(found) if against is None else str(against)
+    reference_seed = seed if against_seed is None else against_seed
+    other = None if name is None else open_against(name, eyes, drawn, found, reference_seed)
+    evaluation = prepare(found, other, eyes, settings, statistics is not None)
+    for note in evaluation.notes:
+        click.echo(f"note: {note}", err=True)
+    run(evaluation, eyes)
+    data = figures_of(evaluation, None if other is None else described(other, name))
+    write_all(evaluation, data, Path(output))
+    if statistics is not None:
+        evaluation.found.statistics.save(statistics)
+    return data
+
+
+def open_found(
+    pictures: str | Path | None, model: str | None, order: Order, seed: int
+) -> Folder | Drawing:
+    """What is to be judged."""
+    if (pictures is None) == (model is None):
+        raise UserError(f"give either --pictures, {PICTURES}, or --model, {MODEL}")
+    return open_folder(Path(pictures)) if model is None else order.open(model, seed)
+
+
+def own_reference(found: Folder | Drawing) -> str | None:
+    """The 16-bit model that a saved quantized one was made from, if its name is known."""
+    if isinstance(found, Folder) or not is_saved(found.model):
+        return None
+    if found.pipeline.name not in MODELS:
+        raise UserError(
+            f"{found.model} was made from {found.pipeline.name}, which is none of "
+            f"{', '.join(MODELS)}; give its folder by --against"
+        )
+    return found.pipeline.name
+
+
+def open_against(
+    name: str, eyes: Network, order: Order, found: Folder | Drawing, seed: int
+) -> Folder | Drawing | Known:
+    """What the pictures are compared with; a model draws the same prompts in as many steps."""
+    if is_statistics(name):
+        return load_statistics(Path(name), eyes.identity)
+    if not is_model(name):
+        return open_folder(Path(name))
+    count = len(found.names)
+    steps, weight = order.num_steps, order.cfg_weight
+    if isinstance(found, Drawing):
+        steps, weight = found.num_steps, found.cfg_weight
+    elif order.num_images is not None:
+        count = order.num_images
+    return Order(order.prompts, count, steps, weight).open(name, seed)
+
+
+def described(other: Folder | Drawing | Known, name: str) -> dict[str, Any]:
+    """What the pictures were compared with."""
+    if isinstance(other, Known):
+        return {"statistics": name, "sha256": hash_file(name), "count": other.count}
+    return other.described()
+
+
+@command()
+@click.option("--pictures", help=f"What to judge: {PICTURES}.  [none]")
+@click.option("--model", help=f"Or {MODEL}, which draws them.  [none]")
+@click.option(
+    "--against",
+    help="A folder, an .npz of statistics, or a model.  [a saved model's own 16-bit self, or none]",
+)
+@click.option("--output", default="evaluation", help="Folder to write JSON, Markdown and plots to.")
+@click.option("--inception", help="Weights of an Inception-v3.  [nano's scorer instead]")
+@click.option("--prompts", help="Of models: a file, one a line, or a shipped list.  [the model's]")
+@click.option("--num-images", type=int, help="To draw.  [one a prompt]")
+@click.option("--seed", default=0, help="Of the first picture; the next ones count up.")
+@click.option("--against-seed", type=int, help="Of the model --against.  [the same: pairs]")
+@click.option("--num-steps", type=int, help="Sampling steps.  [the model's]")
+@click.option("--cfg-weight", type=float, help="Guidance; 0 turns it off.  [the model's]")
+@click.option("--kernel", help=f"Of a saved model: {', '.join(BACKENDS)}.  [the fastest]")
+@click.option("--dtype", help=f"Of --model: {' or '.join(DTYPES)}.  [the device's]")
+@click.option("--batch-size", default=16, help="Pictures at once.")
+@click.option("--splits", type=int, help=f"Parts for the Inception Score.  [{SPLITS}]")
+@click.option("--fid/--no-fid", default=True, help="FID and sFID, which need many pictures.")
+@click.option("--paired/--no-paired", default=True, help="Compare pictures of equal names.")
+@click.option("--save-statistics", help="An .npz to write, for --against of later runs.  [none]")
+@click.option("--force", is_flag=True, help="Replace what an earlier run has written.  [off]")
+def main(**options: Any) -> None:
+    """Measure how good pictures are, as a set and one by one.
+
+    \b
+    Example:
+      python -m src.evaluate --model quantized_nano --against nano --output evaluation
+    """
+    start = time.perf_counter()
+    data = evaluate(**options)
+    seconds, peak = time.perf_counter() - start, human_bytes(peak_memory_bytes())
+    output = options["output"]
+    click.echo(f"{headline(data)}: wrote {output} in {seconds:.1f} s, peak {peak}")
+
+
+if __name__ == "__main__":
+    main()

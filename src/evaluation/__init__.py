@@ -1,0 +1,1 @@
+"""How good pictures are: features, distances to other pictures, fidelity one by one."""
