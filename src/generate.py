@@ -8,9 +8,6 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import click
-import numpy as np
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
 from .cli import Bar, command, peak_memory_bytes
 from .errors import UserError
@@ -18,8 +15,9 @@ from .inference.low_memory import KERNEL
 from .inference.low_memory import low_memory as lowered
 from .inference.saved import check_sigmas, is_saved, open_pipeline, reread_saved
 from .models.load import MODELS
+from .report.picture import write_picture
 from .sampling import SAMPLERS, Callback
-from .store import atomic_write, human_bytes, require_writable
+from .store import human_bytes, require_writable
 
 
 def generate(
@@ -63,15 +61,6 @@ def generate(
     for path, picture, prompt, own_seed in zip(paths, pictures, prompts, seeds, strict=True):
         write_picture(path, picture, prompt=prompt, seed=own_seed, model=pipeline.name)
     return paths
-
-
-def write_picture(path: Path, picture: np.ndarray, *, prompt: str, seed: int, model: str) -> None:
-    """A PNG that says what it shows; `model` is the pipeline's own name."""
-    info = PngInfo()
-    for key, value in (("prompt", prompt), ("seed", str(seed)), ("model", model)):
-        info.add_itxt(key, value)
-    with atomic_write(path) as file:
-        Image.fromarray(picture).save(file, "PNG", pnginfo=info)
 
 
 def output_paths(output: Path, count: int) -> list[Path]:

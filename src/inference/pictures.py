@@ -5,25 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
 from ..report.sheet import contact_sheet
-from ..store import atomic_write
 from .compare import REFERENCE, Compared
 
 AMPLIFIED = 4  # times the difference, which is small where quantization is good
 SMALL = 256  # pixels: smaller pictures are shown twice as large side by side
-
-
-def write_picture(path: Path, picture: np.ndarray, *, prompt: str, seed: int, model: str) -> Path:
-    """A PNG that says what it shows; `model` is the pipeline's own name."""
-    info = PngInfo()
-    for key, value in (("prompt", prompt), ("seed", str(seed)), ("model", model)):
-        info.add_itxt(key, value)
-    with atomic_write(path) as file:
-        Image.fromarray(picture).save(file, "PNG", pnginfo=info)
-    return path
 
 
 def compare_paths(path: Path) -> tuple[Path, Path]:

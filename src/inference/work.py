@@ -14,13 +14,14 @@ from ..cli import Bar
 from ..errors import UserError
 from ..report.content import Rung
 from ..report.page import write_page
+from ..report.picture import write_picture
 from ..store import require_writable
 from .compare import Compared, Drawn, Measured, Request, compare, draw, measure, reference_of
 from .export import check_target, save_model
 from .ladder import ladder, largest_inputs, rung_count
 from .low_memory import KERNEL, UNPACKING, low_memory
 from .open import Artifacts, Quantized
-from .pictures import compare_paths, write_picture, write_side_by_side
+from .pictures import compare_paths, write_side_by_side
 from .summary import comparison_report, measured_lines, picture_lines
 
 TRAILS = 8  # pictures of which every step is kept and compared
