@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import resource
 import sys
 from collections.abc import Callable
@@ -133,9 +134,10 @@ def peak_memory_bytes() -> int:
     if mx.default_device() != mx.Device(mx.cpu):
         return mx.get_peak_memory()
     status = Path("/proc/self/status")
-    if status.exists():  # what getrusage tells on Linux, a child inherits from its parent
-        lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
-        return 1024 * int(lines["VmHWM"].split()[0])
+    text = status.read_text() if status.exists() else ""
+    # What getrusage tells on Linux, a child inherits from its parent.
+    if found := re.search(r"^VmHWM:\s*(\d+) kB", text, re.MULTILINE):
+        return 1024 * int(found[1])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
 
