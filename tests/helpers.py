@@ -79,6 +79,7 @@ def kill_at_random_moments(
     begun = time.monotonic()
     assert start_quietly(command).wait() == 0
     whole, rng, cut_short = time.monotonic() - begun, random.Random(0), 0
+    check(folder)
     shutil.rmtree(folder)
     for _ in range(times):
         process, begun = start_quietly(command), time.monotonic()

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
-import random
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 from src.adaround_optimize import adaround_optimize
@@ -28,7 +24,13 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from .helpers import ROOT, assert_one_error_line, run_here
+from .helpers import (
+    ROOT,
+    assert_one_error_line,
+    kill_at_random_moments,
+    run_here,
+    start_quietly,
+)
 
 pytestmark = pytest.mark.slow  # the stage as a whole, again and again
 
@@ -241,25 +243,16 @@ def test_wrong_quant_configs_are_refused(cache, tmp_path):
 def test_killed_at_random_moments_the_same_command_ends_with_the_same_bytes(
     cache, rounded, tmp_path
 ):
-    folder, rng, cut = tmp_path / "o", random.Random(0), 0
+    folder = tmp_path / "o"
     command = [sys.executable, "-m", STAGE, *ARGUMENTS]
     command += ["--cache-dir", str(cache), "--output-dir", str(folder)]
-    quiet = {"cwd": ROOT, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    begun = time.monotonic()
-    assert subprocess.run(command, **quiet).returncode == 0
-    whole = time.monotonic() - begun
-    assert contents(folder) == contents(rounded)
-    shutil.rmtree(folder)
-    for _ in range(8):
-        process = subprocess.Popen(command, **quiet)
-        time.sleep(whole * rng.uniform(0.3, 1.0))
-        os.kill(process.pid, signal.SIGKILL)
-        cut += process.wait() != 0
-        if (folder / "manifest.json").exists():
-            shutil.rmtree(folder)
-    assert cut >= 4
-    assert subprocess.run(command, **quiet).returncode == 0
-    assert contents(folder) == contents(rounded)
+
+    def same(folder: Path) -> None:
+        assert contents(folder) == contents(rounded)
+
+    assert kill_at_random_moments(command, folder, 8, check=same) >= 4
+    assert start_quietly(command).wait() == 0
+    same(folder)
 
 
 @pytest.mark.slow
