@@ -32,7 +32,7 @@ from ..quant.artifacts import (
     save_rounded_block,
 )
 from ..quant.refining import Rates, Refiner, Tree, Tuned, weights_and_biases, zero_moments
-from ..quant.standin import StandIns
+from ..quant.standin import StandIn, StandIns
 from ..sampling import guided
 from .blocks import (
     full_path,
@@ -113,26 +113,49 @@ def own_rows(batch: Tree, ranks: Ranks) -> Tree:
     return {name: array[wanted.get(name, mx.array(own))] for name, array in batch.items()}
 
 
-def stand_in_network(plan: Plan) -> StandIns:
-    """The model in float32 with the blocks' rounded weights; by linear path."""
-    original = plan.pipeline.transformer
-    network, stand_ins = MMDiT(original.config), {}
-    network.update(tree_map(lambda p: p.astype(mx.float32), original.parameters()))
-    for index in plan.blocks:
-        block = stand_in_block(original, index, plan.config)
-        rounded = load_rounded_block(plan.folder, index, BEFORE_REFINING)
-        put_rounded(block, index, rounded, own_biases(original, index))
-        for path, stand_in in block.stand_ins.items():
-            stand_ins[full_path(index, path)] = stand_in
-            set_module(network, full_path(index, path), stand_in)
-    return StandIns(network, stand_ins)
+@dataclass(frozen=True)
+class Start:
+    """The model in float32 as the blocks left it; everything by linear path."""
+
+    student: StandIns
+    layers: dict[str, Tuned]
+    states: Tree
+    codes: dict[str, mx.array]
+
+    @classmethod
+    def of(cls, plan: Plan) -> Start:
+        original = plan.pipeline.transformer
+        network = MMDiT(original.config)
+        network.update(tree_map(lambda p: p.astype(mx.float32), original.parameters()))
+        start = cls(StandIns(network, {}), {}, {}, {})
+        for index in plan.blocks:
+            block = stand_in_block(original, index, plan.config)
+            masters = block.masters()
+            rounded = load_rounded_block(plan.folder, index, BEFORE_REFINING)
+            put_rounded(block, index, rounded, own_biases(original, index))
+            for path, stand_in in block.stand_ins.items():
+                full = full_path(index, path)
+                set_module(network, full, stand_in)
+                start.add(full, stand_in, rounded[full], masters[path], plan.options.bits_w)
+            mx.eval(start.states)
+        return start
+
+    def add(
+        self, path: str, stand_in: StandIn, rounded: RoundedLayer, master: mx.array, bits: int
+    ) -> None:
+        bias = stand_in.get("bias")
+        bias = mx.zeros(len(master)) if bias is None else bias
+        self.student.stand_ins[path] = stand_in
+        self.layers[path] = Tuned(mx.array(rounded.scale), bias, bits)
+        self.codes[path] = mx.array(rounded.codes)
+        self.states[path] = self.layers[path].state(master, self.codes[path])
 
 
 class Network:
     """The rounded network, its teacher, and the error between them."""
 
-    def __init__(self, plan: Plan) -> None:
-        self.student = stand_in_network(plan)
+    def __init__(self, plan: Plan, student: StandIns) -> None:
+        self.student = student
         self.teacher = plan.pipeline.transformer
         self.dtype, self.cfg_weight = plan.pipeline.dtype, plan.trajectories.cfg_weight
         self._velocity = self.exact_velocity
@@ -170,33 +193,11 @@ class Network:
         return -10 / math.log(10) * sum(errors) / len(errors)
 
 
-def first_states(
-    plan: Plan, network: Network
-) -> tuple[dict[str, Tuned], Tree, dict[str, mx.array]]:
-    """Every linear as the blocks left it; also the codes, by linear path."""
-    layers, states, codes = {}, {}, {}
-    for index in plan.blocks:
-        masters = stand_in_block(plan.pipeline.transformer, index, plan.config).masters()
-        rounded = load_rounded_block(plan.folder, index, BEFORE_REFINING)
-        for path, master in masters.items():
-            full = full_path(index, path)
-            bias = network.student.stand_ins[full].get("bias")
-            layers[full] = Tuned(
-                mx.array(rounded[full].scale),
-                mx.zeros(len(master)) if bias is None else bias,
-                plan.options.bits_w,
-            )
-            codes[full] = mx.array(rounded[full].codes)
-            states[full] = layers[full].state(master, codes[full])
-        mx.eval(states)
-    return layers, states, codes
-
-
 def refine_network(plan: Plan, ranks: Ranks) -> Refined:
     """All iterations, on all ranks alike; the best hard rounding that was met."""
     iters, size = plan.options.refine, plan.options.batch_size
-    network = Network(plan)
-    layers, states, first_codes = first_states(plan, network)
+    start = Start.of(plan)
+    network, layers, states = Network(plan, start.student), start.layers, start.states
     drawn = NoisedLatents.of(plan.trajectories)
     rng = np.random.default_rng([plan.options.seed, REFINE_STREAM])
     judged = [network.with_target(drawn.draw(rng, size)) for _ in range(-(-CHECK_ROWS // size))]
@@ -214,10 +215,10 @@ def refine_network(plan: Plan, ranks: Ranks) -> Refined:
             if history[-1] == max(history):
                 best = states
     moved = sum(
-        mx.sum(layer.codes(best[path]) != first_codes[path]).item()
+        mx.sum(layer.codes(best[path]) != start.codes[path]).item()
         for path, layer in layers.items()
     )
-    return Refined(layers, best, history, moved / sum(c.size for c in first_codes.values()))
+    return Refined(layers, best, history, moved / sum(c.size for c in start.codes.values()))
 
 
 def averaged_over(ranks: Ranks) -> Callable[[Tree], Tree]:
