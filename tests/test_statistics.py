@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from src.calibration import histogram, statistics
+from src.calibration import histogram, reductions, statistics
 from src.errors import UserError
 from src.models.configs import config_named
 from src.models.paths import block_linears, input_of, replaced
@@ -110,8 +110,8 @@ def test_only_post_gelu_inputs_have_a_centred_histogram(model, inputs):
 
 def sample_of(x: np.ndarray, channels: int, centred: bool = False) -> statistics.Sample:
     rows = mx.array(x.astype(np.float32).reshape(2, -1, channels))
-    reduced = statistics.reduce_input(rows, 1, centred)
-    return {name: np.array(value)[0] for name, value in reduced.items()}
+    reduced = reductions.reduce_input(rows, 1, centred)
+    return reductions.samples_of({"x": reduced}, 1)[0]["x"]
 
 
 def test_moving_shift_follows_its_formula_and_begins_with_the_first_sample():
@@ -173,6 +173,12 @@ def test_percentiles_are_within_one_bin_of_the_counted_values(seed, scale, heavy
         exact = np.sort(np.abs(x))[max(0, int(np.ceil(share * size)) - 1)]
         got = histogram.percentile(counts, share, largest)
         assert abs(got - exact) <= max(0.0626 * exact, 2.0**-18)
+
+
+def test_the_tally_of_bin_numbers_is_the_count():
+    x = mx.random.normal((3, 1000), key=mx.random.key(1))
+    tallied = histogram.tally(np.array(reductions.numbers(x)))
+    assert np.array_equal(tallied, np.array(histogram.count(x)))
 
 
 def test_bins_agree_with_numpy():

@@ -20,12 +20,12 @@ PER_OCTAVE = 2**FRACTION_BITS
 LOWEST_EXPONENT, HIGHEST_EXPONENT = -18, 16
 BINS = PER_OCTAVE * (HIGHEST_EXPONENT - LOWEST_EXPONENT)
 
-# Counting is the dearest of all reductions: some 20 ns a value on a CPU.
+# On a CPU MLX counts a value in some 20 ns and NumPy in one.
 COUNTED_VALUES = 4096
 COUNTED_SHARE = 1 / 64
 
-_DROPPED_BITS = 23 - FRACTION_BITS
-_FIRST_CODE = (LOWEST_EXPONENT + 127) << FRACTION_BITS
+DROPPED_BITS = 23 - FRACTION_BITS
+FIRST_CODE = (LOWEST_EXPONENT + 127) << FRACTION_BITS
 
 
 def edges() -> np.ndarray:
@@ -37,8 +37,8 @@ def edges() -> np.ndarray:
 
 def bin_numbers(x: mx.array) -> mx.array:
     """The bin of each value, int32."""
-    codes = mx.abs(x.astype(mx.float32)).view(mx.uint32) >> _DROPPED_BITS
-    return mx.clip(codes.astype(mx.int32) - _FIRST_CODE, 0, BINS - 1)
+    codes = mx.abs(x.astype(mx.float32)).view(mx.uint32) >> DROPPED_BITS
+    return mx.clip(codes.astype(mx.int32) - FIRST_CODE, 0, BINS - 1)
 
 
 def counting_stride(values: int, channels: int) -> int:
@@ -52,12 +52,17 @@ def counting_stride(values: int, channels: int) -> int:
 
 
 def count(x: mx.array) -> mx.array:
-    """(samples, values) to (samples, BINS) counts, int32."""
+    """(samples, values) to (samples, BINS) counts, int32, on the device."""
     samples = len(x)
     first = BINS * mx.arange(samples, dtype=mx.int32)[:, None]
     places = (bin_numbers(x) + first).reshape(-1)
     counts = mx.zeros((samples * BINS,), dtype=mx.int32).at[places].add(1)
     return counts.reshape(samples, BINS)
+
+
+def tally(numbers: np.ndarray) -> np.ndarray:
+    """The same from (samples, values) bin numbers, by NumPy."""
+    return np.stack([np.bincount(row, minlength=BINS) for row in numbers]).astype(np.int32)
 
 
 def weighted(x: np.ndarray, weights: np.ndarray) -> np.ndarray:

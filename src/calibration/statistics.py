@@ -19,7 +19,6 @@ hist_centred       (BINS,) post-GELU inputs only: counts of |x - centre of the s
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from functools import lru_cache, partial
 from pathlib import Path
 
 import mlx.core as mx
@@ -30,18 +29,12 @@ from ..errors import UserError
 from ..lanes import lanes
 from ..models.mmdit import MMDiT
 from ..models.paths import block_linears, input_of, replaced
-from ..models.pipeline import compiling_is_faster
 from ..store import load_npz
 from ..store.arrays import Expected
-from . import histogram
+from .reductions import CENTRED, Reduced, Sample, reduction, samples_of
 from .replay import Inputs
 
 SHIFT_MOMENTUM = 0.95
-CENTRED = "hist_centred"
-SAMPLE_NAMES = ("minimum", "maximum", "mean", "square", "hist")
-
-Reduced = dict[str, mx.array]
-Sample = dict[str, np.ndarray]  # name of a statistic to its values, for one input and sample
 
 
 def is_post_gelu(path: str) -> bool:
@@ -80,8 +73,8 @@ def collect(model: MMDiT, inputs: Inputs, samples: int) -> list[dict[str, Sample
             # activations would be kept until then.
             waited = mx.depends(x, before) if before else x
             with mx.stream(lanes()[-1]):
-                found[path] = reduction(samples, is_post_gelu(path), compiling_is_faster())(x)
-            before[:] = found[path].values()
+                found[path] = reduction(samples, is_post_gelu(path))(x)
+            before[:] = found[path]
             return waited
 
         return Tap(linear, observe)
@@ -91,47 +84,7 @@ def collect(model: MMDiT, inputs: Inputs, samples: int) -> list[dict[str, Sample
     with replaced(model, {path: tap(path, linear) for path, linear in distinct.items()}):
         velocity = model(*inputs)
     mx.eval(velocity, found)
-    arrays = {path: {n: np.array(a) for n, a in found[path].items()} for path in sorted(found)}
-    return [
-        {path: {n: a[row] for n, a in reduced.items()} for path, reduced in arrays.items()}
-        for row in range(samples)
-    ]
-
-
-@lru_cache
-def reduction(samples: int, centred: bool, compiled: bool) -> Callable[[mx.array], Reduced]:
-    """`reduce_input` of one argument, compiled once for all inputs."""
-    reduce = partial(reduce_input, samples=samples, centred=centred)
-    return mx.compile(reduce) if compiled else reduce
-
-
-def reduce_input(x: mx.array, samples: int, centred: bool) -> Reduced:
-    """(samples, channels) statistics and (samples, BINS) counts of a batch's input, float32."""
-    channels = x.shape[-1]
-    # Rows of a sample lie apart: prompts come first, then the negatives.
-    x = x.reshape(-1, samples, x.size // (channels * len(x)), channels).astype(mx.float32)
-    halves, _, tokens, _ = x.shape
-
-    def over_tokens(reduction: Callable[..., mx.array], values: mx.array) -> mx.array:
-        return reduction(reduction(values, axis=2), axis=0)
-
-    stride = histogram.counting_stride(halves * tokens * channels, channels)
-
-    def counts(values: mx.array) -> mx.array:
-        counted = values.reshape(halves, samples, -1)[:, :, ::stride]
-        return histogram.count(counted.swapaxes(0, 1).reshape(samples, -1))
-
-    reduced = {
-        "minimum": over_tokens(mx.min, x),
-        "maximum": over_tokens(mx.max, x),
-        "mean": over_tokens(mx.mean, x),
-        "square": over_tokens(mx.mean, x * x),
-        "hist": counts(x),
-    }
-    if centred:
-        centre = 0.5 * (reduced["minimum"] + reduced["maximum"])
-        reduced[CENTRED] = counts(x - centre[:, None])
-    return reduced
+    return samples_of(found, samples)
 
 
 def check_finite(sample: dict[str, Sample], where: str) -> None:
