@@ -28,11 +28,14 @@ class QuantizedMatmul:
             unit = 1.0 if dtype == mx.float32 else sixteen_bit_unit(weight, largest)
             size = next(size for size in GROUP_SIZES if weight.columns % size == 0)
             shape = (rows, weight.columns // size)
-            # One number each, not a matrix of them: they would take an eighth of the codes.
+            # One number each, not a matrix of them: they would take an eighth of the codes. CUDA's
+            # product does want the matrix.
             inside, biases = (
                 mx.broadcast_to(mx.array(value, dtype=dtype), shape)
                 for value in (unit, offset * unit)
             )
+            if Device.here().kind == "cuda":
+                inside, biases = mx.contiguous(inside), mx.contiguous(biases)
             outside = {"outside": weight.scales[:, 0] / unit}
         return {"packed": weight.packed, "inside": inside, "biases": biases, **outside}
 
