@@ -16,6 +16,8 @@ from .activation_track.plan import Bits, Plan, open_plan
 from .activation_track.report import comparison, draw_plots, summary_lines, temporal_analysis
 from .calibration.activations import ActivationStatistics
 from .cli import command, peak_memory_bytes
+from .model_options import model_options
+from .models.load import Model
 from .quant.tiers import Thresholds
 from .store import human_bytes, require_writable, write_json
 
@@ -31,7 +33,7 @@ def analyze_activations(
     segments: int = 3,
     plots: str | Path | None = None,
     calib_dir: str | Path | None = None,
-    model: str | None = None,
+    model: Model | None = None,
     samples: int = 4,
     smooth: str = "foldable",
     two_regions: str = "auto",
@@ -91,7 +93,7 @@ def decide_tiers(plan: Plan, options: Options) -> dict[str, Bits]:
 @click.option("--output", help="Folder to write to.  [default: that of --stats]")
 @click.option("--plots", help="Folder for plots.  [default: none are drawn]")
 @click.option("--calib-dir", help="Folder of stage 1.  [default: the one around --stats]")
-@click.option("--model", help="Name or folder.  [default: the model that made the folder]")
+@model_options(help="Name or folder.  [default: the model that made the folder]")
 @policy_options
 @threshold_options
 def main(**settings: Any) -> None:

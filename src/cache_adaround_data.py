@@ -18,7 +18,8 @@ from .calibration.trajectories import Trajectories, sample_name
 from .cli import command, peak_memory_bytes
 from .distributed import Ranks, open_manifest
 from .errors import UserError
-from .models.load import MODELS, load_pipeline
+from .model_options import model_options
+from .models.load import MODELS, Model, chosen, load_pipeline
 from .models.pipeline import Pipeline
 from .sampling import uses_guidance
 from .store import (
@@ -101,7 +102,7 @@ def cache_adaround_data(
     calib_dir: str | Path = "calibration_data",
     output_dir: str | Path | None = None,
     *,
-    model: str | None = None,
+    model: Model | None = None,
     num_images: int = 5,
     stride: int = 5,
     batch_size: int = 4,
@@ -115,7 +116,7 @@ def cache_adaround_data(
         raise UserError(f"--batch-size must be at least 1, got {batch_size}")
     trajectories = Trajectories.open(calib_dir)
     pairs = strided_pairs(trajectories, num_images, stride)
-    pipeline = load_pipeline(model or trajectories.made_from["model"])
+    pipeline = load_pipeline(chosen(model, trajectories.made_from["model"]))
     trajectories = Trajectories.open(calib_dir, pipeline)
     require_writable(folder)
     plan = Plan(pipeline, trajectories, pairs, stride, batch_size, entry_only)
@@ -179,7 +180,7 @@ def cache_batch(folder: Path, plan: Plan, pairs: list[Pair]) -> None:
 @command()
 @click.option("--calib-dir", default="calibration_data", help="Folder that stage 1 filled.")
 @click.option("--output-dir", help="Folder to fill.  [default: CALIB_DIR/adaround_cache]")
-@click.option("--model", help=f"{', '.join(MODELS)} or a folder.  [default: what stage 1 used]")
+@model_options(help=f"{', '.join(MODELS)} or a folder.  [default: what stage 1 used]")
 @click.option("--num-images", default=5, help="How many of stage 1's images to replay.")
 @click.option("--stride", default=5, help="Every how many steps one is replayed.")
 @click.option("--batch-size", default=4, help="Samples per forward pass.")

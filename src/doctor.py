@@ -8,12 +8,14 @@ import platform
 import shutil
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import click
 import mlx.core as mx
 
 from . import __version__, blas
 from .cli import command, memory_bytes
+from .errors import UserError
 from .store import human_bytes
 
 SD3_PACKAGES = ("diffusionkit", "torch", "transformers", "huggingface_hub")
@@ -26,7 +28,7 @@ def report() -> dict[str, str]:
         "ditq": f"{__version__}, Python {platform.python_version()}, {platform.platform()}",
         "mlx": f"{importlib.metadata.version('mlx')}, default device {mx.default_device()}",
         "device": device_name(),
-        "memory": human_bytes(memory_bytes()),
+        "memory": total_memory(),
         "backends": ", ".join(usable_backends()),
         "cpu BLAS": blas.describe(),
         "float32 matmul": f"{matmul_gflops():.0f} GFLOP/s on {mx.default_device()}",
@@ -74,14 +76,45 @@ def sd3_state() -> str:
     return f"diffusionkit {importlib.metadata.version('diffusionkit')}"
 
 
+def sd3_report(checkpoint: Path | None = None) -> int:
+    """Prints what Stable Diffusion 3 needs and what works here; how many checks failed."""
+    from .inference import self_tests
+    from .inference.sd3_memory import table
+
+    checks = self_tests.sd3_checks(checkpoint)
+    for line in self_tests.markdown(checks):
+        click.echo(line)
+    click.echo(f"\nGigabytes of MLX's memory, estimated; this machine has {total_memory()}:\n")
+    for line in table():
+        click.echo(line)
+    return sum(check.passed is False for check in checks)
+
+
+def total_memory() -> str:
+    return human_bytes(memory_bytes())
+
+
 @command()
-def main() -> None:
+@click.option(
+    "--sd3",
+    is_flag=True,
+    help="Try out Stable Diffusion 3's parts instead, as a table for a bug report.  [off]",
+)
+@click.option("--checkpoint", type=Path, help="With --sd3: weights to look at.  [the hub's cache]")
+def main(sd3: bool, checkpoint: Path | None) -> None:
     """Show what this machine has and what is missing.
 
     \b
     Example:
-      ditq doctor
+      ditq doctor --sd3
     """
+    if sd3:
+        failed = sd3_report(checkpoint)
+        if failed:
+            raise UserError(f"{failed} of the checks above failed; paste the table into a report")
+        return
+    if checkpoint is not None:
+        raise UserError(f"--checkpoint {checkpoint} needs --sd3; give both")
     for name, value in report().items():
         click.echo(f"{name:15} {value}")
 

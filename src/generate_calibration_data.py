@@ -14,7 +14,8 @@ from .calibration import trajectories
 from .cli import Bar, command, peak_memory_bytes
 from .distributed import Ranks, open_manifest
 from .errors import UserError
-from .models.load import MODELS, load_pipeline
+from .model_options import model_options
+from .models.load import MODELS, Model, load_pipeline
 from .models.pipeline import Pipeline
 from .models.prompts import load_prompts
 from .sampling import Noise, StepCallback, denoise, sd3_sigmas, uses_guidance
@@ -50,6 +51,7 @@ class Plan:
                 "sigmas": [float(s) for s in self.sigmas()],
             },
             "dtype": str(self.pipeline.dtype).removeprefix("mlx.core."),
+            **self.pipeline.encode_text.settings(),
         }
 
     def sigmas(self) -> np.ndarray:
@@ -70,7 +72,7 @@ class Plan:
 
 
 def generate_calibration_data(
-    model: str = "nano",
+    model: Model = "nano",
     calib_dir: str | Path = "calibration_data",
     *,
     num_images: int | None = None,
@@ -185,7 +187,7 @@ def make_batch(folder: Path, plan: Plan, images: list[int], bar: StepCallback) -
 
 
 @command()
-@click.option("--model", default="nano", help=f"Name ({', '.join(MODELS)}) or a pipeline's folder.")
+@model_options("nano", f"Name ({', '.join(MODELS)}) or a pipeline's folder.", encodes=True)
 @click.option("--calib-dir", default="calibration_data", help="Folder to fill.")
 @click.option("--num-images", type=int, help="Images to sample.  [default: 50; nano: 16]")
 @click.option("--num-steps", type=int, help="Steps of each.  [default: 50; nano: 30]")

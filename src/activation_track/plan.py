@@ -17,6 +17,7 @@ from ..calibration.activations import STATISTICS_NAME, ActivationStatistics, Inp
 from ..calibration.sensitivity import Samples, sampled_rows, spread_pairs
 from ..calibration.statistics import is_post_gelu
 from ..calibration.trajectories import open_with_pipeline
+from ..models.load import Model
 from ..models.mmdit import MMDiT
 from ..models.paths import block_linears, module_at, replaced, values_of
 from ..quant import smooth
@@ -308,7 +309,7 @@ def input_ranges(found: InputStatistics) -> list[Range]:
 
 
 def open_plan(
-    statistics: ActivationStatistics, calib_dir: str | Path, model: str | None, options: Options
+    statistics: ActivationStatistics, calib_dir: str | Path, model: Model | None, options: Options
 ) -> Plan:
     """Opens the model and some stored steps, which must be those of the statistics."""
     trajectories, pipeline = open_with_pipeline(calib_dir, model)

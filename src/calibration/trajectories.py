@@ -18,7 +18,7 @@ import mlx.core as mx
 import numpy as np
 from PIL import Image
 
-from ..models.load import load_pipeline
+from ..models.load import Model, chosen, load_pipeline
 from ..models.pipeline import Conditioning, Pipeline
 from ..sampling import Step
 from ..sampling.schedule import TRAINING_STEPS
@@ -171,12 +171,12 @@ class Trajectories:
 
 
 def open_with_pipeline(
-    folder: str | Path, model: str | None = None
+    folder: str | Path, model: Model | None = None
 ) -> tuple[Trajectories, Pipeline]:
     """A finished calibration folder and the model that made it.
 
     `model` (a name or a path) is needed where the recorded name alone does not lead to it.
     """
     recorded = Trajectories.open(folder).made_from["model"]
-    pipeline = load_pipeline(model or recorded)
+    pipeline = load_pipeline(chosen(model, recorded))
     return Trajectories.open(folder, pipeline), pipeline

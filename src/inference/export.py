@@ -5,6 +5,8 @@ model.safetensors    the transformer, or shards of 5 GB and their index: what ML
 ditq.safetensors     activation grids, shifts, smoothing: `PATH.a_scale`, PATH a linear path
 text_encoder.safetensors, codec.safetensors   the other parts of a pipeline, where it has them
 README.md            the model card
+
+Of a Stable Diffusion 3 the first three lie in transformer/, beside text_encoder/ and the others.
 """
 
 from __future__ import annotations
@@ -26,6 +28,8 @@ from ..errors import UserError
 from ..models.mmdit import MMDiT
 from ..models.nano.assembly import CaptionEncoder
 from ..models.pipeline import Pipeline
+from ..models.sd3_save import save_companions
+from ..models.sd3_text import SD3TextEncoder
 from ..quant.linear import QuantizedLinear
 from ..quant.stored import StoredLayer, store_layer
 from ..store import (
@@ -39,7 +43,7 @@ from ..store import (
 )
 from ..store.files import os_error
 from .card import model_card
-from .saved import CARD, CONFIG, FORMAT, OWN, VERSION, is_saved, table_schedule
+from .saved import CARD, CONFIG, FORMAT, OWN, TRANSFORMER, VERSION, is_saved, table_schedule
 
 
 def save_model(
@@ -63,7 +67,22 @@ def save_model(
         "sampling": asdict(pipeline.defaults),
         **{name: asdict(part.config) for name, part in parts.items()},
     }
+    if isinstance(pipeline.encode_text, SD3TextEncoder):
+        return save_stable_diffusion(pipeline, Path(folder), described, force)
     return save_parts(pipeline.transformer, parts, Path(folder), described, force)
+
+
+def save_stable_diffusion(
+    pipeline: Pipeline, folder: Path, described: Mapping[str, Any], force: bool
+) -> Path:
+    """One folder a component, as diffusers has them."""
+    with new_folder(folder, force) as partial:
+        inner = partial / TRANSFORMER
+        save_parts(pipeline.transformer, {}, inner, described, False)
+        os.replace(inner / CARD, partial / CARD)
+        save_companions(pipeline.encode_text, pipeline.codec, partial)
+        (partial / f".{TRANSFORMER}.lock").unlink(missing_ok=True)
+    return folder
 
 
 def save_transformer(

@@ -15,13 +15,16 @@ from ..backends import MLX_BITS, Backend, named
 from ..errors import UserError
 from ..models.checkpoints import POSITIONS, fill
 from ..models.configs import MMDiTConfig
-from ..models.load import MODELS, default_dtype, load_pipeline
+from ..models.load import MODELS, Model, ModelChoice, default_dtype, load_pipeline
 from ..models.mmdit import MMDiT
 from ..models.nano.assembly import assemble, part, settings
 from ..models.nano.codec import Codec, CodecConfig
 from ..models.nano.text import TextConfig, TextEncoder
 from ..models.paths import module_at
 from ..models.pipeline import Defaults, Pipeline
+from ..models.sd3_files import Files, files_of
+from ..models.sd3_load import SD3, assemble_sd3
+from ..models.sd3_text import Text
 from ..quant.linear import QuantizedLinear, Runtime
 from ..quant.packing import MLX_GROUP_SIZES
 from ..quant.schedule import Schedule, Step
@@ -41,15 +44,17 @@ from ..store.jsonfile import check_header
 
 FORMAT, VERSION = "ditq-saved-model", 1
 CONFIG, OWN, CARD = "config.json", "ditq.safetensors", "README.md"
+TRANSFORMER = "transformer"  # where it is of several folders
 HINT = "save it again with `python -m src.load_adaround_model --save`"
 
 
 def open_pipeline(
-    model: str, dtype: mx.Dtype | None = None, *, kernel: str | None = None
+    model: Model, dtype: mx.Dtype | None = None, *, kernel: str | None = None
 ) -> Pipeline:
     """A saved model's pipeline, or a 16-bit one by name or path; `kernel` is for saved ones."""
-    if model not in MODELS and is_saved(model):
-        return load_saved(model, dtype, kernel=kernel)
+    choice = model if isinstance(model, ModelChoice) else ModelChoice(model)
+    if choice.name is not None and choice.name not in MODELS and is_saved(choice.name):
+        return load_saved(choice, dtype, kernel=kernel)
     if kernel is not None:
         raise UserError(
             f"--kernel {kernel} is for saved quantized models, {model} is none; leave it out"
@@ -59,16 +64,25 @@ def open_pipeline(
 
 def is_saved(folder: str | Path) -> bool:
     """Whether a quantized model was saved here."""
-    path = Path(folder) / CONFIG
+    path = transformer_folder(Path(folder)) / CONFIG
     return path.is_file() and isinstance(read_json(path).get("ditq"), dict)
 
 
+def transformer_folder(folder: Path) -> Path:
+    """Of a saved model: its own folder, or its transformer/, beside which the other parts lie."""
+    inner = folder / TRANSFORMER
+    return inner if (inner / CONFIG).is_file() and not (folder / CONFIG).is_file() else folder
+
+
 def load_saved(
-    folder: str | Path, dtype: mx.Dtype | None = None, *, kernel: str | None = None
+    model: Model, dtype: mx.Dtype | None = None, *, kernel: str | None = None
 ) -> Pipeline:
     """The pipeline in the folder; without a kernel each layer takes the machine's fastest."""
-    folder, dtype = Path(folder), dtype or default_dtype()
+    folder = transformer_folder(Path(model))
     details, _ = read_details(folder)
+    dtype = dtype or default_dtype(details["made_from"]["model"])
+    if details["made_from"]["model"] in SD3:
+        return load_stable_diffusion(model, folder, details, dtype, kernel)
     if "text_encoder" not in details:
         raise UserError(
             f"{folder} holds a transformer without text encoder and codec, which pictures need"
@@ -85,6 +99,23 @@ def load_saved(
     pipeline = assemble(name, hash_json(hashes), transformer, text, codec, defaults, dtype)
     transformer.x_pos_embedder.pos_embed.weight = positions  # not widened, see fill_rest
     return pipeline
+
+
+def load_stable_diffusion(
+    model: Model, folder: Path, details: Mapping[str, Any], dtype: mx.Dtype, kernel: str | None
+) -> Pipeline:
+    """A saved transformer with the parts beside it, or with those of a checkpoint or the hub."""
+    choice = model if isinstance(model, ModelChoice) else ModelChoice(model)
+    name, files = details["made_from"]["model"], Files(folder, (folder.parent,), folder.parent)
+    if choice.checkpoint is not None:
+        files = files_of(choice.checkpoint, name)
+    transformer = load_saved_transformer(folder, dtype, kernel=kernel)
+    hashes = {name: entry["sha256"] for name, entry in details["files"].items()}
+    defaults = settings(Defaults, part(details, "sampling", folder), folder)
+    text = choice.text
+    if text == Text() and files.part("t5") is None:
+        text = Text(t5=False)  # it was saved without
+    return assemble_sd3(name, hash_json(hashes), transformer, files, dtype, text, defaults)
 
 
 def load_saved_transformer(
@@ -121,7 +152,7 @@ def load_saved_transformer(
 
 def reread_saved(folder: str | Path) -> Callable[[], Mapping[str, mx.array]]:
     """How `low_memory` reads the weights of a pipeline from this folder again."""
-    return partial(load_folder, Path(folder))
+    return partial(load_folder, transformer_folder(Path(folder)))
 
 
 def check_sigmas(transformer: MMDiT, sigmas: Sequence[float]) -> None:

@@ -136,6 +136,8 @@ def layout_of(names: Iterable[str], path: Path) -> str:
     names = set(names)
     if any(name.endswith(".scales") for name in names):
         raise UserError(f"{path} is quantized already; give the 16-bit checkpoint")
+    if any("lora_" in name for name in names):
+        raise UserError(f"{path} is a LoRA, not a model; give the model that it was merged into")
     if any(name.startswith(f"{BLOCKS}.") for name in names):
         return "mlx"
     if any(re.match(r"(model\.diffusion_model\.)?joint_blocks\.", name) for name in names):

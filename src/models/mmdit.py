@@ -262,6 +262,34 @@ class NoiseLevel(Protocol):
         """The same while a context lasts."""
 
 
+class Memory(Protocol):
+    """What layers keep from one step of a picture to the next."""
+
+    arrays: dict[str, list[mx.array]]  # a compiled step's inputs and outputs
+
+    def reset(self) -> None:
+        """The next step is the first of another picture."""
+
+    def watched(self, velocity: Callable[..., mx.array]) -> Callable[..., mx.array]:
+        """The velocity of (latent, sigma), with an error where its steps do not hang together."""
+
+
+class RunBlock(Protocol):
+    def __call__(
+        self,
+        index: int,
+        block: Callable[..., tuple[mx.array, mx.array | None]],
+        *inputs: mx.array,
+    ) -> tuple[mx.array, mx.array | None]:
+        """What block number `index` makes of its inputs: `block(*inputs)`."""
+
+
+def run_block(
+    index: int, block: Callable[..., tuple[mx.array, mx.array | None]], *inputs: mx.array
+) -> tuple[mx.array, mx.array | None]:
+    return block(*inputs)
+
+
 class MMDiT(nn.Module):
     """Predicts the velocity of a noised latent, for all sizes of SD3 and SD3.5 and for nano."""
 
@@ -276,15 +304,36 @@ class MMDiT(nn.Module):
         self.multimodal_transformer_blocks = [JointBlock(config, i) for i in range(config.depth)]
         self.final_layer = FinalLayer(config)
         self._level: NoiseLevel | None = None
+        self._run_block: RunBlock = run_block
+        self.memory: Memory | None = None  # of layers that keep something, where there are such
+
+    def run_blocks_with(self, run: RunBlock | None) -> None:
+        """Every call lets this run each block from now on; None ends that."""
+        self._run_block = run or run_block
+
+    @property
+    def can_be_compiled(self) -> bool:
+        """Whether nothing runs the blocks that has to see each of them finished."""
+        return self._run_block is run_block
 
     def follow(self, level: NoiseLevel | None) -> None:
         """Every call sets the level from its timesteps from now on; None ends that."""
         self._level = level
 
+    @property
+    def level(self) -> NoiseLevel | None:
+        """What every call sets."""
+        return self._level
+
     def set_sigma(self, sigma: mx.array | float) -> None:
         """Sets the level for calls of single blocks; nothing where no layer depends on it."""
         if self._level is not None:
             self._level.set_sigma(sigma)
+
+    def reset_cache(self) -> None:
+        """Begins another picture; nothing where no layer remembers one."""
+        if self.memory is not None:
+            self.memory.reset()
 
     def modulation_layers(self) -> dict[str, Modulation]:
         """All modulations by path: both streams' of each block, then the final layer's."""
@@ -329,16 +378,17 @@ class MMDiT(nn.Module):
         rows, columns = self.patch_grid(latent)
         image = self.x_embedder(latent) + self.x_pos_embedder(rows, columns)
         text = self.context_embedder(text)
-        blocks = self.multimodal_transformer_blocks
+        blocks, run = self.multimodal_transformer_blocks, self._run_block
         if vectors is None:
             conditioning = self.conditioning(pooled, timestep)
-            for block in blocks:
-                image, text = block(image, text, conditioning)
+            for index, block in enumerate(blocks):
+                image, text = run(index, block, image, text, conditioning)
             last = self.final_layer.adaLN_modulation.vector(conditioning)
         else:
             last = vectors[-1]
             for index, block in enumerate(blocks):
-                image, text = block.modulated(image, text, *vectors[2 * index : 2 * index + 2])
+                own = vectors[2 * index : 2 * index + 2]
+                image, text = run(index, block.modulated, image, text, *own)
         return self.unpatch(self.final_layer(image, last), rows, columns)
 
     def patch_grid(self, latent: mx.array) -> tuple[int, int]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import mlx.core as mx
 import numpy as np
@@ -54,6 +55,9 @@ class TextEncoder(Protocol):
     def check(self, prompts: Sequence[str]) -> None:
         """Raises for a prompt that it cannot read, without encoding it."""
 
+    def settings(self) -> dict[str, Any]:
+        """What was chosen about how it reads prompts; nothing where there is no choice."""
+
 
 class ModulateAhead(Protocol):
     def __call__(
@@ -94,7 +98,7 @@ class Pipeline:
         sigmas: Sequence[float] | None = None,
         compiled: bool | None = None,
     ) -> Callable[[mx.array, mx.array], mx.array]:
-        """The guided velocity of (latent, sigma) under one conditioning.
+        """The guided velocity of (latent, sigma) under one conditioning, of one picture or batch.
 
         It is compiled unless it runs on the CPU, where that starts a C++ compiler for little gain;
         `compiled` says otherwise. Where modulation is computed ahead, it is so for `sigmas`, and
@@ -108,18 +112,26 @@ class Pipeline:
             model = partial(self.transformer, vectors=vectors)
             return guided(model, latent, sigma, text, pooled, cfg_weight)
 
-        run = guided_velocity
-        if compiling_is_faster() if compiled is None else compiled:
-            run = mx.compile(guided_velocity, inputs=self.transformer.state)
-        if self.modulate_ahead is None or sigmas is None:
-            return run
-        vectors_at = self.modulate_ahead(conditioning, sigmas)
-        return lambda latent, sigma: run(latent, sigma, vectors_at(sigma))
+        run, memory = guided_velocity, self.transformer.memory
+        self.transformer.reset_cache()
+        wanted = compiling_is_faster() if compiled is None else compiled
+        if wanted and self.transformer.can_be_compiled:
+            kept = {} if memory is None else memory.arrays
+            run = mx.compile(run, inputs=[self.transformer.state, kept], outputs=kept)
+        if self.modulate_ahead is not None and sigmas is not None:
+            run = with_vectors(run, self.modulate_ahead(conditioning, sigmas))
+        return run if memory is None else memory.watched(run)
 
     def sigmas(self, num_steps: int | None = None) -> np.ndarray:
         """The model's schedule, for its own number of steps if none is given; the last one is 0."""
         steps = self.defaults.num_steps if num_steps is None else num_steps
         return sd3_sigmas(steps, self.defaults.shift)
+
+    def resize(self, height: int | None, width: int | None) -> None:
+        """Pictures are of this size from now on, in pixels; None: of the size that they had."""
+        height, width = height or self.defaults.height, width or self.defaults.width
+        self.latent_shape(height, width)
+        self.defaults = replace(self.defaults, height=height, width=width)
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """(height, width, channels) of the latent for a picture's size in pixels."""
@@ -164,7 +176,21 @@ class Pipeline:
             velocity, noise, sigmas, shape, sampler=sampler, eta=eta, callbacks=callbacks
         )
 
+    def finish(self, latent: mx.array) -> np.ndarray:
+        """`decode`, for a pipeline that draws no more: its transformer leaves the memory first."""
+        del self.transformer
+        gc.collect()
+        mx.clear_cache()
+        return self.decode(latent)
+
     def decode(self, latent: mx.array) -> np.ndarray:
         """Pictures of 8 bits, (batch, height, width, 3)."""
         pictures = mx.clip(self.codec.decode(latent).astype(mx.float32), 0, 1)
         return np.array(mx.round(pictures * 255).astype(mx.uint8))
+
+
+def with_vectors(
+    velocity: Callable[..., mx.array], vectors_at: Callable[[mx.array], list[mx.array]]
+) -> Callable[[mx.array, mx.array], mx.array]:
+    """The velocity of (latent, sigma) with the modulation that was computed ahead for it."""
+    return lambda latent, sigma: velocity(latent, sigma, vectors_at(sigma))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import mlx.core as mx
+import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from ...errors import UserError
@@ -31,8 +32,14 @@ PROMPTS = "nano"
 Settings = TypeVar("Settings")
 
 
-def load_folder_pipeline(folder: Path, dtype: mx.Dtype) -> Pipeline:
-    """The pipeline whose config.json and tensors lie in the folder."""
+Fill = Callable[[nn.Module, dict[str, mx.array], Path], object]
+
+
+def load_folder_pipeline(folder: Path, dtype: mx.Dtype, fill_transformer: Fill = fill) -> Pipeline:
+    """The pipeline whose config.json and tensors lie in the folder.
+
+    `fill_transformer` puts the tensors into the transformer, before any is read or cast.
+    """
     config = read_json(folder / "config.json", format=FORMAT, version=VERSION)
     modules = (
         MMDiT(MMDiTConfig.from_dict(part(config, "transformer", folder))),
@@ -42,7 +49,8 @@ def load_folder_pipeline(folder: Path, dtype: mx.Dtype) -> Pipeline:
     hashes = {}
     for name, module in zip(PARTS, modules, strict=True):
         path = folder / f"{name}.safetensors"
-        fill(module, load_tensors(path), path)
+        put = fill_transformer if name == "transformer" else fill
+        put(module, load_tensors(path), path)
         hashes[name] = hash_file(path)
     defaults = settings(Defaults, part(config, "sampling", folder), folder)
     name = str(config.get("name", folder.name))
@@ -96,6 +104,9 @@ class CaptionEncoder:
 
     def check(self, prompts: Sequence[str]) -> None:
         tokenize(prompts)
+
+    def settings(self) -> dict[str, Any]:
+        return {}
 
 
 def part(config: dict[str, Any], name: str, folder: Path) -> dict[str, Any]:

@@ -1,0 +1,223 @@
+"""Stable Diffusion 3's prompts and latents: each part is read when it is used, and let go at once.
+
+T5 is read layer by layer, so that the largest of all parts needs the least memory.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import mlx.core as mx
+
+from ..errors import UserError
+from .pipeline import Conditioning
+from .sd3 import WIDTH, Reading, clip_tokenizer, t5_tokens, vae_decoder
+from .sd3_decode import decode_in_strips
+from .sd3_download import download_part, download_tokenizer
+from .sd3_files import PARTS, TOKENIZERS, Files, Location
+from .sd3_versions import check_packages
+
+CLIP_TOKENS, T5_TOKENS = 77, 512  # DiffusionKit's, for equal pictures
+SIDE = 8  # pixels of a picture to one of the latent
+LATENT_SCALE, LATENT_SHIFT = 1.5305, 0.0609
+TEXT_BITS = (4, 8)
+ACTIVATIONS = {"clip_l": "quick_gelu", "clip_g": "gelu"}
+
+
+@dataclass(frozen=True)
+class Text:
+    """How prompts are read."""
+
+    t5: bool = True
+    bits: int | None = None  # none: 16
+
+    def __post_init__(self) -> None:
+        if self.bits is not None and self.bits not in TEXT_BITS:
+            raise UserError(
+                f"--quantize-text-encoders {self.bits} is not possible; valid: "
+                f"{' or '.join(map(str, TEXT_BITS))}"
+            )
+
+
+def encoder_dtype(dtype: mx.Dtype) -> mx.Dtype:
+    """Encoders and VAE were published in float16, whose precision bfloat16 would lose."""
+    return mx.float32 if dtype == mx.float32 else mx.float16
+
+
+class SD3TextEncoder:
+    """Prompts to what the transformer takes: CLIP-L and CLIP-G side by side, then T5's tokens.
+
+    Equal prompts, such as the empty negative ones, are encoded once.
+    """
+
+    def __init__(self, files: Files, dtype: mx.Dtype, text: Text) -> None:
+        self.files, self.dtype, self.text = files, dtype, text
+        self._reported = text.bits is None
+
+    def __call__(self, prompts: Sequence[str]) -> Conditioning:
+        check_packages()
+        unique = list(dict.fromkeys(prompts))
+        errors: dict[str, float] = {}
+        hidden, pooled = self._clip(unique, errors)
+        text = mx.pad(hidden, [(0, 0), (0, 0), (0, WIDTH - hidden.shape[-1])])
+        # As many zeros as CLIP has tokens are DiffusionKit's stand-in for T5.
+        long = self._t5(unique, errors) if self.text.t5 else mx.zeros_like(text)
+        text = mx.concatenate([text, long.astype(text.dtype)], axis=1).astype(self.dtype)
+        rows = mx.array([unique.index(prompt) for prompt in prompts])
+        result = Conditioning(text[rows], pooled.astype(self.dtype)[rows])
+        mx.eval(result.text, result.pooled)
+        release()
+        self._report(errors)
+        return result
+
+    def check(self, prompts: Sequence[str]) -> None:
+        check_packages()
+        for name in ("clip_l", "clip_g"):
+            self._clip_tokens(name, prompts)
+        for name in self.parts():
+            self.location(name)
+            self.tokenizer(name)
+
+    def settings(self) -> dict[str, Any]:
+        return {"text_encoders": {"t5": self.text.t5, "bits": self.text.bits or 16}}
+
+    def parts(self) -> tuple[str, ...]:
+        """Names of the encoders in use."""
+        return ("clip_l", "clip_g", "t5") if self.text.t5 else ("clip_l", "clip_g")
+
+    def location(self, name: str) -> Location:
+        if found := self.files.part(name):
+            return found
+        if self.files.asked is None:
+            return download_part(name)
+        raise self.files.missing(name, PARTS[name].places, PARTS[name].title)
+
+    def tokenizer(self, name: str) -> Path:
+        if found := self.files.tokenizer(name):
+            return found
+        if self.files.asked is None:
+            return download_tokenizer(name)
+        raise self.files.missing(name, TOKENIZERS[name][0][:1], f"tokenizer of {name}")
+
+    def _clip(self, prompts: Sequence[str], errors: dict[str, float]) -> tuple[mx.array, mx.array]:
+        """Hidden states and pooled text of both CLIPs, joined."""
+        hidden, pooled = [], []
+        for name in ("clip_l", "clip_g"):
+            tokens = mx.array(self._clip_tokens(name, prompts))
+            with Reading(self.location(name), encoder_dtype(self.dtype)) as reading:
+                model = reading.clip(ACTIVATIONS[name])
+                if self.text.bits and not self._reported:
+                    plain = model(tokens[:1]).hidden_states[-2]
+                    mx.eval(plain)
+                reading.quantize(model, self.text.bits)
+                mx.eval(model.parameters())
+                out = model(tokens)
+                mx.eval(out.hidden_states[-2], out.pooled_output)
+                if self.text.bits and not self._reported:
+                    errors[PARTS[name].title] = relative_error(out.hidden_states[-2][:1], plain)
+            hidden.append(out.hidden_states[-2])
+            pooled.append(out.pooled_output)
+            del model, out, reading
+            release()
+        return mx.concatenate(hidden, axis=-1), mx.concatenate(pooled, axis=-1)
+
+    def _clip_tokens(self, name: str, prompts: Sequence[str]) -> list[list[int]]:
+        tokenizer = clip_tokenizer(self.tokenizer(name), pad_with_eos=name == "clip_l")
+        padding = tokenizer.eos_token if tokenizer.pad_with_eos else 0
+        rows = []
+        for prompt in prompts:
+            try:
+                row = tokenizer.tokenize(prompt)
+            except KeyError as error:
+                raise UserError(
+                    f"prompt {prompt!r}: DiffusionKit's tokenizer does not know "
+                    f"{error.args[0]!r}; write it in other characters"
+                ) from None
+            rows.append(row + [padding] * (CLIP_TOKENS - len(row)))
+        return rows
+
+    def _t5_tokens(self) -> int:
+        """How many: what the tokenizer's own settings say, at most DiffusionKit's."""
+        folder = self.files.tokenizer("t5")
+        settings = folder / "tokenizer_config.json" if folder else Path()
+        length = T5_TOKENS
+        if settings.is_file():
+            length = json.loads(settings.read_text(encoding="utf-8")).get("model_max_length")
+        return length if isinstance(length, int) and 0 < length < T5_TOKENS else T5_TOKENS
+
+    def _t5(self, prompts: Sequence[str], errors: dict[str, float]) -> mx.array:
+        """(prompts, tokens, 4096); each layer is read, used for every prompt, and let go."""
+        folder = self.tokenizer("t5")
+        length = self._t5_tokens()
+        tokens = [mx.array(row)[None] for row in t5_tokens(folder, prompts, length)]
+        with Reading(self.location("t5"), encoder_dtype(self.dtype)) as reading:
+            stages = reading.t5_stages(length)
+            embed = next(stages)
+            states = [embed(row) for row in tokens]
+            mx.eval(states)
+            plain = states[0] if self.text.bits and not self._reported else None
+            for stage in stages:
+                if plain is not None:
+                    plain = stage(plain)
+                    mx.eval(plain)
+                reading.quantize(stage.layer, self.text.bits)
+                mx.eval(stage.layer.parameters())
+                for row in range(len(states)):
+                    states[row] = stage(states[row])
+                    mx.eval(states[row])
+                del stage
+                mx.clear_cache()
+            if plain is not None:
+                errors[PARTS["t5"].title] = relative_error(states[0], plain)
+        return mx.concatenate(states)
+
+    def _report(self, errors: Mapping[str, float]) -> None:
+        if errors and not self._reported:
+            listed = ", ".join(f"{title} {error:.1%}" for title, error in errors.items())
+            click.echo(f"text encoders at {self.text.bits} bits, relative error: {listed}")
+            self._reported = True
+
+
+class SD3Codec:
+    """Latents to pictures; the decoder is read for each call and let go."""
+
+    side = SIDE
+
+    def __init__(self, files: Files, dtype: mx.Dtype) -> None:
+        self.files, self.dtype = files, encoder_dtype(dtype)
+
+    def decode(self, latent: mx.array) -> mx.array:
+        """One picture after the other, each in strips."""
+        check_packages()
+        decoder, pictures = vae_decoder(self.location(), self.dtype), []
+        latent = (latent / LATENT_SCALE + LATENT_SHIFT).astype(self.dtype)
+        for i in range(len(latent)):
+            picture = decode_in_strips(decoder, latent[i : i + 1]) / 2 + 0.5
+            mx.eval(picture)
+            pictures.append(picture)
+        del decoder
+        release()
+        return mx.concatenate(pictures)
+
+    def location(self) -> Location:
+        if found := self.files.part("vae"):
+            return found
+        raise self.files.missing("vae", PARTS["vae"].places, PARTS["vae"].title)
+
+
+def relative_error(got: mx.array, wanted: mx.array) -> float:
+    """Norm of the difference over the norm of what was wanted."""
+    got, wanted = got.astype(mx.float32), wanted.astype(mx.float32)
+    return float(mx.linalg.norm((got - wanted).flatten()) / mx.linalg.norm(wanted.flatten()))
+
+
+def release() -> None:
+    """Gives back what nothing holds any more."""
+    gc.collect()
+    mx.clear_cache()

@@ -1,0 +1,366 @@
+"""A tiny Stable Diffusion 3 of the real packages' own classes, through our pipeline and stages."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import logging
+import shutil
+import socket
+from dataclasses import replace
+from pathlib import Path
+
+from src.errors import UserError
+from src.evaluate import open_against, own_reference
+from src.evaluation.sources import Order
+from src.inference import sd3_memory
+from src.inference.saved import open_pipeline
+from src.inference.self_tests import sd3_checks
+from src.models.configs import MMDiTConfig
+from src.models.load import ModelChoice, load_pipeline
+from src.models.mmdit import MMDiT
+from src.models.pipeline import Pipeline
+from src.models.sd3 import random_decoder
+from src.models.sd3_decode import decode_in_strips
+from src.models.sd3_names import DecoderShape
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+from PIL import Image
+
+from .helpers import assert_one_error_line, random_inputs, random_model, relative_error, run_here
+from .tiny_sd3 import CONFIGS, DIFFUSIONKIT, TinySD3, redirected, write_tiny_sd3
+
+pytestmark = [pytest.mark.sd3, pytest.mark.slow]
+
+PROMPT = "a cat on the mat"
+SIZE = {"height": 64, "width": 64}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> TinySD3:
+    return write_tiny_sd3(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch, tmp_path):
+    def refuse(*arguments, **options):
+        raise AssertionError("something tried to use the network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "no-cache"))
+    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
+    logging.getLogger("diffusionkit").setLevel(logging.ERROR)
+
+
+def places(tiny: TinySD3, name: str) -> list[Path]:
+    found = [tiny.single_file(name), tiny.diffusers(name)]
+    return [*found, tiny.home] if name in DIFFUSIONKIT else found
+
+
+def picture(pipeline: Pipeline, seed: int = 3, **options) -> np.ndarray:
+    settings = {"num_steps": 3, "cfg_weight": 5.0, **SIZE, **options}
+    return pipeline.decode(pipeline.sample([PROMPT], [seed], **settings))[0]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_all_layouts_draw_the_same_picture(tiny, name):
+    pipelines = [load_pipeline(name, checkpoint=place) for place in places(tiny, name)]
+    first = picture(pipelines[0])
+    assert first.shape == (64, 64, 3) and 20 < first.std(), "not a blank picture"
+    for pipeline in pipelines[1:]:
+        assert pipeline.hash == pipelines[0].hash
+        assert np.array_equal(picture(pipeline), first)
+
+
+@pytest.mark.parametrize("name", DIFFUSIONKIT)
+def test_the_picture_is_diffusionkits_own(tmp_path, name, monkeypatch):
+    """Its GELU, no k bias, float32: text, VAE and the whole picture."""
+    info = {**mx.device_info(), "memory_size": 2**33}
+    monkeypatch.setattr(mx.metal, "device_info", lambda: info)
+    import diffusionkit.mlx as kit
+
+    tiny = write_tiny_sd3(tmp_path, models=[name], k_bias=False)
+    with redirected(tiny, features=mx.float32):
+        theirs = kit.DiffusionPipeline(
+            model_version=DIFFUSIONKIT[name], shift=3.0, low_memory_mode=False
+        )
+        wanted, _ = theirs.generate_image(
+            PROMPT, num_steps=3, cfg_weight=5.0, latent_size=(8, 8), seed=3, verbose=False
+        )
+        text, pooled = theirs.encode_text(PROMPT, 5.0, "")
+    ours = load_pipeline(name, checkpoint=tiny.home)
+    conditioning = ours.condition([PROMPT], 5.0)
+    assert relative_error(conditioning.text, text) < 1e-6
+    assert relative_error(conditioning.pooled, pooled) < 1e-6
+    latent = mx.random.normal((1, 20, 12, 16))
+    whole = theirs.decode_latents_to_image(theirs.latent_format.process_out(latent))
+    assert relative_error(mx.clip(ours.codec.decode(latent), 0, 1), whole) < 1e-5
+    exact = MMDiT(replace(ours.transformer.config, gelu="exact"))
+    exact.load_weights(tree_flatten(ours.transformer.parameters()))
+    ours.transformer = exact
+    latent = ours.sample([PROMPT], [3], num_steps=3, cfg_weight=5.0, **SIZE)
+    drawn = np.array(mx.clip(ours.codec.decode(latent)[0], 0, 1) * 255)
+    # It cuts decimals off, so that ours must lie within the next whole number.
+    gap = drawn - np.array(wanted)
+    assert -0.01 < gap.min() and gap.max() < 1.01
+
+
+def test_text_and_vae_are_those_of_transformers_and_diffusers(tiny):
+    import torch
+    from diffusers import StableDiffusion3Pipeline
+
+    theirs = StableDiffusion3Pipeline.from_pretrained(
+        str(tiny.diffusers("sd3-medium")), torch_dtype=torch.float32
+    )
+    text, _, pooled, _ = theirs.encode_prompt(PROMPT, None, None, max_sequence_length=32)
+    ours = load_pipeline("sd3-medium", checkpoint=tiny.diffusers("sd3-medium"))
+    conditioning = ours.condition([PROMPT], 0)
+    assert relative_error(conditioning.pooled, pooled.detach().numpy()) < 1e-4
+    clip = relative_error(conditioning.text[:, :77], text[:, :77].detach().numpy())
+    # DiffusionKit's T5 has the exact GELU where the published one has the tanh approximation.
+    t5 = relative_error(conditioning.text[:, 77:], text[:, 77:].detach().numpy())
+    assert clip < 1e-4 and t5 < 5e-3
+    latent = np.random.default_rng(0).standard_normal((1, 8, 8, 16)).astype(np.float32)
+    with torch.no_grad():
+        z = torch.from_numpy(latent).permute(0, 3, 1, 2) / 1.5305 + 0.0609
+        wanted = theirs.vae.decode(z).sample.permute(0, 2, 3, 1).numpy() / 2 + 0.5
+    assert relative_error(ours.codec.decode(mx.array(latent)), wanted) < 1e-4
+
+
+def test_a_saved_model_has_one_component_in_memory_too(worked):
+    pipeline = open_pipeline(str(worked / "saved"), kernel="quantized_matmul")
+    transformer = sum(t.nbytes for _, t in tree_flatten(pipeline.transformer.parameters()))
+    mx.clear_cache()
+    base = mx.get_active_memory()
+    conditioning = pipeline.condition([PROMPT], 5.0)
+    kept = conditioning.text.nbytes + conditioning.pooled.nbytes
+    assert mx.get_active_memory() - base < kept + 0.1 * transformer, "nothing is read yet"
+
+
+def test_without_t5_it_is_not_read(tiny, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny.diffusers("sd3-medium"), folder)
+    shutil.rmtree(folder / "text_encoder_3")
+    shutil.rmtree(folder / "tokenizer_3")
+    without = load_pipeline("sd3-medium", checkpoint=folder, t5=False)
+    conditioning = without.condition([PROMPT], 0)
+    assert conditioning.text.shape == (1, 154, 4096)
+    assert not np.array(conditioning.text[:, 77:]).any()
+    with pytest.raises(UserError, match=r"T5 text encoder.*text_encoder_3.*--no-t5"):
+        load_pipeline("sd3-medium", checkpoint=folder).encode_text.check([PROMPT])
+
+
+def test_seeds_reproduce_and_leave_numpys_state_alone(tiny):
+    pipeline = load_pipeline("sd3-medium", checkpoint=tiny.single_file("sd3-medium"))
+    np.random.seed(11)
+    wanted = np.random.random(4)
+    np.random.seed(11)
+    first, second, other = picture(pipeline), picture(pipeline), picture(pipeline, seed=4)
+    assert np.array_equal(first, second) and not np.array_equal(first, other)
+    assert np.array_equal(np.random.random(4), wanted)
+
+
+def test_sizes_are_multiples_of_16_in_range(tiny):
+    pipeline = load_pipeline("sd3-medium", checkpoint=tiny.single_file("sd3-medium"))
+    assert picture(pipeline, num_steps=1, height=48, width=80).shape == (48, 80, 3)
+    for size in (40, 0, 528):
+        with pytest.raises(UserError, match=r"multiples of 16 from 16 to 512"):
+            pipeline.latent_shape(size, 64)
+
+
+def test_equal_prompts_in_a_batch_are_equal_to_single_ones(tiny):
+    pipeline = load_pipeline("sd3-medium", checkpoint=tiny.single_file("sd3-medium"))
+    together = pipeline.condition([PROMPT, "a dog", PROMPT], 5.0)
+    alone = pipeline.condition(["a dog"], 5.0)
+    assert together.text.shape[0] == 6
+    assert np.array_equal(together.text[0], together.text[2])
+    assert relative_error(together.text[1], alone.text[0]) < 1e-5
+    assert relative_error(together.text[3], alone.text[1]) < 1e-5
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantized_encoders_say_how_far_they_are_off(tiny, bits, capsys):
+    place = tiny.single_file("sd3-medium")
+    wanted = load_pipeline("sd3-medium", checkpoint=place).condition([PROMPT], 0)
+    pipeline = load_pipeline("sd3-medium", checkpoint=place, text_bits=bits)
+    found = pipeline.condition([PROMPT], 0)
+    error = relative_error(found.text, wanted.text)
+    assert 0 < error < {4: 0.5, 8: 0.05}[bits]
+    said = capsys.readouterr().out
+    assert f"{bits} bits" in said and "T5 text encoder" in said and "CLIP-G" in said
+    pipeline.condition([PROMPT], 0)
+    assert capsys.readouterr().out == "", "it says so once"
+
+
+def test_one_component_is_in_memory_at_a_time(tiny):
+    pipeline = load_pipeline("sd3-medium", checkpoint=tiny.single_file("sd3-medium"))
+    transformer = sum(t.nbytes for _, t in tree_flatten(pipeline.transformer.parameters()))
+    mx.clear_cache()
+    base = mx.get_active_memory()
+    conditioning = pipeline.condition([PROMPT], 5.0)
+    kept = conditioning.text.nbytes + conditioning.pooled.nbytes
+    assert mx.get_active_memory() - base < kept + 0.1 * transformer, "the encoders are gone"
+    latent = pipeline.sample([PROMPT], [0], num_steps=1, **SIZE)
+    assert mx.get_active_memory() - base > 0.9 * transformer
+    pipeline.finish(latent)
+    assert mx.get_active_memory() - base < kept + 0.1 * transformer, "the transformer is gone too"
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "rows"), [(8, 8, 4), (10, 6, 4), (14, 24, 5), (6, 6, 16)]
+)
+def test_strips_decode_what_the_decoder_does(height, width, rows):
+    mx.random.seed(0)
+    decoder = random_decoder((32, 64, 64, 64))
+    latent = mx.random.normal((1, height, width, 16))
+    wanted = decoder(latent)
+    found = decode_in_strips(decoder, latent, rows)
+    assert relative_error(found, wanted) < 2e-5
+    # No seam: the rows where two strips meet are as near as all others.
+    errors = np.abs(np.array(found - wanted)).max(axis=(0, 2, 3))
+    assert errors.max() < 2e-4 * float(mx.abs(wanted).max())
+
+
+def peak(work) -> int:
+    mx.clear_cache()
+    base = mx.get_active_memory()
+    mx.reset_peak_memory()
+    mx.eval(work())
+    return mx.get_peak_memory() - base
+
+
+def test_the_memory_that_is_told_is_what_mlx_needs():
+    shape = DecoderShape((32, 64, 128, 128), 3, 16)
+    decoder = random_decoder(shape.channels)
+    mx.eval(decoder.parameters())
+    latent = mx.random.normal((1, 32, 32, 16))
+    mx.eval(latent)
+    estimate = max(sd3_memory.decoder_layers(256, 256, shape, 4))
+    measured = peak(lambda: decode_in_strips(decoder, latent))
+    assert 0.6 < estimate / measured < 1.6
+    assert measured < 0.5 * peak(lambda: decoder(latent))
+    weights = sum(t.nbytes for _, t in tree_flatten(decoder.parameters())) / 4
+    assert sd3_memory.decoder_parameters(shape) == pytest.approx(weights, rel=0.01)
+    config = MMDiTConfig(depth=2, hidden=256, heads=4, position_size=32)
+    model = random_model(config)
+    inputs = (*random_inputs(config, 32, 32, tokens=154), mx.array([500.0, 20.0]))
+    mx.eval(model.parameters(), inputs)
+    estimate = sd3_memory.step_bytes(
+        config, 256, 256, text_tokens=154, float_bytes=4, fused_attention=False
+    )
+    assert 0.6 < estimate / (peak(lambda: model(*inputs)) + inputs[1].nbytes) < 1.6
+
+
+def test_an_unknown_character_is_named(tiny):
+    pipeline = load_pipeline("sd3-medium", checkpoint=tiny.single_file("sd3-medium"))
+    with pytest.raises(UserError, match="猫"):
+        pipeline.encode_text.check(["a 猫"])
+
+
+@pytest.mark.parametrize(("package", "version"), [("diffusionkit", "0.6.0"), ("mlx", "0.20.0")])
+def test_versions_that_are_not_known_are_refused(tiny, monkeypatch, package, version):
+    real = importlib.metadata.version
+    monkeypatch.setattr(
+        importlib.metadata, "version", lambda name: version if name == package else real(name)
+    )
+    pipeline = load_pipeline("sd3-medium", checkpoint=tiny.single_file("sd3-medium"))
+    with pytest.raises(UserError, match=rf"{version} is not supported.*pip install"):
+        pipeline.condition([PROMPT], 0)
+
+
+def test_the_machines_own_checks_pass(tiny):
+    checks = sd3_checks(tiny.single_file("sd3-medium"))
+    assert not [check for check in checks if check.passed is False]
+    assert sum(check.passed is True for check in checks) >= 6
+    assert any("CLIP-L, CLIP-G, T5, VAE" in check.found for check in checks)
+
+
+def stage(name: str, folder: Path, *options: str) -> str:
+    result = run_here(f"src.{name}", *options, cwd=folder)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def worked(tiny, tmp_path_factory) -> Path:
+    """A folder in which both tracks have run, and whose model is saved."""
+    folder = tmp_path_factory.mktemp("worked")
+    given = ("--checkpoint", str(tiny.diffusers("sd3-medium")))
+    size = ("--height", "64", "--width", "64")
+    stage(
+        *("generate_calibration_data", folder, *given, *size),
+        *("--num-images", "2", "--num-steps", "4"),
+    )
+    stage("collect_layer_activations", folder, *given, "--num-images", "2", "--stride", "1")
+    stage("analyze_activations", folder, *given)
+    stage("cache_adaround_data", folder, *given, "--num-images", "2", "--stride", "2")
+    stage(
+        *("adaround_optimize", folder, *given, "--method", "gptq", "--refine", "0"),
+        *("--quant-config", "calibration_data/activations/quant_config.json"),
+    )
+    stage(
+        *("load_adaround_model", folder, *given, *size, "--prompt", PROMPT, "--num-steps", "4"),
+        *("--save", "saved", "--quantize-text-encoders", "8"),
+    )
+    return folder
+
+
+def test_all_stages_run(worked):
+    drawn = np.array(Image.open(worked / "quantized.png"))
+    assert drawn.shape == (64, 64, 3) and drawn.std() > 20
+    manifest = json.loads((worked / "calibration_data" / "manifest.json").read_text())
+    assert manifest["made_from"]["model"] == "sd3-medium"
+    assert manifest["settings"]["text_encoders"] == {"t5": True, "bits": 16}
+
+
+def test_going_on_with_other_text_encoders_is_refused(worked, tiny):
+    given = ("--checkpoint", str(tiny.diffusers("sd3-medium")), "--no-t5")
+    size = ("--height", "64", "--width", "64", "--num-images", "2", "--num-steps", "4")
+    result = run_here("src.generate_calibration_data", *given, *size, cwd=worked)
+    assert_one_error_line(result, "t5")
+
+
+def test_a_saved_model_is_evaluated_against_the_checkpoints_own(worked, tiny):
+    """The 16-bit one comes from the same checkpoint, and draws at the same size."""
+    checkpoint = tiny.diffusers("sd3-medium")
+    order = Order(num_images=1, num_steps=1)
+    found = order.open(ModelChoice(str(worked / "saved"), checkpoint), 0)
+    other = open_against(own_reference(found), None, order, found, 0)
+    assert other.pipeline.hash == load_pipeline(None, checkpoint=checkpoint).hash
+    assert other.size == found.size == (64, 64)
+
+
+def test_a_saved_folder_draws_the_same_by_itself(worked):
+    names = {path.name for path in (worked / "saved").iterdir()}
+    assert {"transformer", "text_encoder", "text_encoder_2", "text_encoder_3", "vae"} <= names
+    stage(
+        *("generate", worked, "--model", "saved", "--prompt", PROMPT, "--steps", "4"),
+        *("--height", "64", "--width", "64", "--output", "again.png"),
+    )
+    first, again = (
+        np.array(Image.open(worked / name)).astype(int) for name in ("quantized.png", "again.png")
+    )
+    assert np.abs(first - again).max() <= 2
+
+
+def test_other_bits_than_the_stored_ones_are_refused(worked):
+    given = ("--model", "saved", "--prompt", PROMPT, "--quantize-text-encoders", "4")
+    assert_one_error_line(run_here("src.generate", *given, cwd=worked), "8 bits", "4")
+
+
+def test_a_saved_folder_goes_without_t5_where_it_has_none(worked, tmp_path):
+    folder = tmp_path / "saved"
+    shutil.copytree(worked / "saved", folder)
+    shutil.rmtree(folder / "text_encoder_3")
+    size = ("--height", "64", "--width", "64", "--steps", "2")
+    stage("generate", tmp_path, "--model", str(folder), "--prompt", PROMPT, *size)
+
+
+def test_artifacts_of_another_variant_are_refused(worked, tiny):
+    given = ("--checkpoint", str(tiny.single_file("sd3.5-large")))
+    result = run_here("src.load_adaround_model", *given, "--prompt", PROMPT, cwd=worked)
+    assert_one_error_line(result, "sd3.5-large", "sd3-medium")
