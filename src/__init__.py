@@ -17,3 +17,12 @@ except ImportError as error:
         "" if sys.platform == "darwin" else " 'ditq[cpu]' or 'ditq[cuda]' (mlx[cpu], mlx[cuda13])"
     )
     sys.exit(f"error: MLX cannot start here ({error}); install{backend or ' mlx'} with pip")
+
+
+def __getattr__(name: str) -> object:
+    """`inject` and `eject`, for a DiffusionKit pipeline, are imported when first asked for."""
+    if name not in ("inject", "eject"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from .inference import bridge
+
+    return getattr(bridge, name)
