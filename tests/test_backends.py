@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 LARGEST = activation_limit(8)
-EXACT = ("reference", "dense")  # in float32
+EXACT = ("reference", "dense", "unpack")  # in float32
 HALVES = {mx.float16: 2**-10, mx.bfloat16: 2**-7}  # of the largest output, after one rounding
 
 
@@ -103,7 +103,7 @@ def test_backends_agree_with_the_reference(backend, bits, groups, token):
         np.testing.assert_allclose(got, wanted, atol=rounding * np.abs(wanted).max())
 
 
-@pytest.mark.parametrize("backend", ["dense", "quantized_matmul"])
+@pytest.mark.parametrize("backend", ["dense", "unpack", "quantized_matmul"])
 def test_sixteen_bit_sums_do_not_overflow(backend):
     """At 4 bits and 6144 columns a sum may reach 6 million, float16 ends at 65504."""
     codes, x = np.full((2, 6144), -8, np.int8), np.full((1, 6144), 127)
@@ -145,6 +145,24 @@ def test_an_all_zero_weight_gives_zeros():
             np.testing.assert_array_equal(got, 0)
 
 
+@pytest.mark.parametrize("dtype", [mx.float32, *HALVES])
+def test_unpacking_at_every_call_gives_what_unpacking_once_gives(dtype):
+    codes, x = random_codes(0, (48, 1536), 8), random_inputs(0, (5, 1536), 8)
+    scale, factor = np.full((48, 1), 1e-3), np.float32(0.02)
+    once, anew = (product(b, codes, scale, 8, x, factor, dtype) for b in ("dense", "unpack"))
+    np.testing.assert_array_equal(anew, once)
+
+
+def test_unpacking_at_every_call_keeps_nothing_but_the_codes():
+    weight = Weight(pack_codes(random_codes(0, (512, 1536), 4), 4), mx.ones((512, 1)), 4)
+    mx.eval(weight.packed, weight.scales)
+    before = mx.get_active_memory()
+    operand = named("unpack").prepare(weight, mx.float32, LARGEST)
+    y = named("unpack").multiply(mx.ones((3, 1536)), mx.array(1.0), operand)
+    mx.eval(y, operand["scales"])
+    assert mx.get_active_memory() - before < 0.1 * weight.packed.nbytes
+
+
 def test_selection():
     cpu, m4, m5 = Device("cpu"), Device("metal", 16), Device("metal", 17)
     assert select(cpu, 4096, 1536, 1536).name == "dense"
@@ -154,7 +172,7 @@ def test_selection():
     assert select(Device.here(), 64, 192, 192).name in BACKENDS
     for name in BACKENDS:
         assert named(name).name == name
-    with pytest.raises(UserError, match="unknown kernel 'int5'; valid: reference, dense"):
+    with pytest.raises(UserError, match="unknown kernel 'int5'; valid: reference, dense, unpack"):
         named("int5")
 
 

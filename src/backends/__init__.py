@@ -2,7 +2,8 @@
 
 All give factor·Σ_g scale[n, g]·Σ_k code[n, k]·x[…, k] in float32, the inner sum over the columns of
 a group. Where x holds the codes of activations, the inner sums are whole numbers; `reference`, and
-`dense` in float32, give them exactly. A row with a NaN in it gives NaN in all its outputs.
+`dense` and `unpack` in float32, give them exactly. A row with a NaN in it gives NaN in all its
+outputs.
 """
 
 from .device import Device

@@ -7,10 +7,12 @@ from typing import Any, Protocol
 import mlx.core as mx
 
 from ..errors import UserError
+from .cuda_int8 import CudaInt8
 from .dense import Dense
 from .device import M5, Device
 from .quantized_matmul import QuantizedMatmul
 from .reference import Reference
+from .unpack import Unpack
 from .weight import Weight
 
 
@@ -27,7 +29,15 @@ class Backend(Protocol):
 
 # An integer kernel joins here, and in `select` for the devices and shapes on which it is faster.
 BACKENDS: dict[str, Backend] = {
-    backend.name: backend for backend in (Reference(), Dense(), QuantizedMatmul())
+    backend.name: backend
+    for backend in (
+        Reference(),
+        Dense(),
+        Unpack(),
+        QuantizedMatmul(),
+        CudaInt8(),
+        CudaInt8(keeps_packed=True),
+    )
 }
 
 FEW_ROWS = 32  # below it, reading the weights takes longer than multiplying

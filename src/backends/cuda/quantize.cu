@@ -1,0 +1,174 @@
+// Rows of numbers to codes in tiles, one warp a row, and packed weights to the same tiles.
+
+namespace ditq {
+
+constexpr int ROWS_PER_BLOCK = 8;
+// 1.5 * 2^23: beside it a float has no digits after the point, and its lowest byte is the number.
+constexpr float NO_FRACTION = 12582912.0f;
+// From here on `quick` below, which errs by 5e-5 at most at codes up to 128, may be beyond a tie.
+constexpr float NEAR_TIE = 0.4999f;
+
+template <class T>
+struct alignas(16) Numbers {
+  T value[CHUNK];
+};
+
+struct Grid {
+  float scale, inverse, limit;
+};
+
+template <class T>
+__device__ __forceinline__ void load_chunk(
+    float (&v)[CHUNK], const T* row, int first, int columns, float beyond = 0.0f) {
+  if (size_t(row) % 16 == 0 && first + CHUNK <= columns) {
+    const Numbers<T> numbers = *reinterpret_cast<const Numbers<T>*>(row + first);
+#pragma unroll
+    for (int i = 0; i < CHUNK; i++) v[i] = float(numbers.value[i]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < CHUNK; i++) v[i] = first + i < columns ? float(row[first + i]) : beyond;
+  }
+}
+
+// x less the shift, and the smoothing, of one chunk.
+template <bool SHIFT, bool SMOOTH, class T>
+__device__ __forceinline__ void load_input(
+    float (&v)[CHUNK], float (&smooth)[CHUNK], const T* row, const float* shift,
+    const float* smoothing, int first, int columns) {
+  load_chunk(v, row, first, columns);
+  if constexpr (SHIFT) {
+    float z[CHUNK];
+    load_chunk(z, shift, first, columns);
+#pragma unroll
+    for (int i = 0; i < CHUNK; i++) v[i] = v[i] - z[i];
+  }
+  if constexpr (SMOOTH) load_chunk(smooth, smoothing, first, columns, 1.0f);
+}
+
+__device__ __forceinline__ float rounded(float v, float limit) {
+  return fmaxf(fminf(v, limit), -limit) + NO_FRACTION;
+}
+
+// clip(round(v / smoothing / scale), -limit, limit) exactly as two float32 divisions give it, as
+// bytes, the first lowest. Divisions are slow, so they are made only for a chunk with a number that
+// an approximation could round to another code.
+template <bool SMOOTH>
+__device__ __forceinline__ uint4 codes_of(
+    const float (&v)[CHUNK], const float (&smooth)[CHUNK], const Grid& grid) {
+  int code[CHUNK];
+  bool near = false;
+#pragma unroll
+  for (int i = 0; i < CHUNK; i++) {
+    float quick = v[i] * grid.inverse;
+    if (SMOOTH) quick = __fdividef(quick, smooth[i]);
+    quick = fmaxf(fminf(quick, grid.limit), -grid.limit);
+    const float whole = quick + NO_FRACTION;
+    near |= !(fabsf(quick - (whole - NO_FRACTION)) < NEAR_TIE);
+    code[i] = __float_as_int(whole);
+  }
+  if (near) {
+#pragma unroll
+    for (int i = 0; i < CHUNK; i++) {
+      const float even = SMOOTH ? __fdiv_rn(v[i], smooth[i]) : v[i];
+      code[i] = __float_as_int(rounded(__fdiv_rn(even, grid.scale), grid.limit));
+    }
+  }
+  unsigned word[4];
+#pragma unroll
+  for (int i = 0; i < 4; i++) // the lowest byte of each, which is its code
+    word[i] = __byte_perm(__byte_perm(code[4 * i], code[4 * i + 1], 0x0040),
+                          __byte_perm(code[4 * i + 2], code[4 * i + 3], 0x0040), 0x5410);
+  return make_uint4(word[0], word[1], word[2], word[3]);
+}
+
+// Entry e of `given` scales, `limits` and `shifts` (1 or entries, columns) holds for rows / entries
+// rows. TOKEN: the scale is the row's own largest value over the limit instead. A row with a NaN in
+// it (TOKEN: or infinity) gets the scale NaN; rows beyond the last get zeros.
+template <bool TOKEN, bool SHIFT, bool SMOOTH, class T>
+__device__ __forceinline__ void quantize_rows(
+    const T* x, const float* given, const float* limits, const float* shifts,
+    const float* smoothing, signed char* codes, float* scales, int rows, int columns, int entries,
+    int shift_entries) {
+  const float infinity = __int_as_float(0x7f800000);
+  const int lane = threadIdx.x % 32;
+  const int row = blockIdx.x * ROWS_PER_BLOCK + threadIdx.x / 32;
+  const int depth_pieces = (columns + PIECE - 1) / PIECE, chunks = depth_pieces * (PIECE / CHUNK);
+  if (row >= rows) {
+    for (int c = lane; c < chunks; c += 32)
+      *reinterpret_cast<uint4*>(codes + chunk_place(row, c, depth_pieces)) = make_uint4(0, 0, 0, 0);
+    if (lane == 0) scales[row] = 0.0f;
+    return;
+  }
+  const T* line = x + size_t(row) * columns;
+  const int entry = int((long long)(row) * entries / rows);
+  const float* shift = shifts + (shift_entries > 1 ? size_t(entry) * columns : 0);
+  Grid grid;
+  grid.scale = given[entry], grid.limit = limits[entry];
+  float v[CHUNK], smooth[CHUNK];
+  bool broken = false;
+  if constexpr (TOKEN) {
+    float largest = 0.0f;
+    for (int c = lane; c < chunks; c += 32) {
+      load_input<SHIFT, SMOOTH>(v, smooth, line, shift, smoothing, c * CHUNK, columns);
+#pragma unroll
+      for (int i = 0; i < CHUNK; i++) {
+        const float size = fabsf(SMOOTH ? __fdiv_rn(v[i], smooth[i]) : v[i]);
+        broken |= !(size < infinity);
+        largest = fmaxf(largest, size);
+      }
+    }
+#pragma unroll
+    for (int step = 16; step; step /= 2)
+      largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, step));
+    grid.scale = fmaxf(__fdiv_rn(largest, grid.limit), 1e-12f);
+  }
+  grid.inverse = __frcp_rn(grid.scale);
+  broken |= !(grid.inverse < infinity); // of a scale too small to divide by
+  for (int c = lane; c < chunks; c += 32) {
+    load_input<SHIFT, SMOOTH>(v, smooth, line, shift, smoothing, c * CHUNK, columns);
+    if (!TOKEN) {
+#pragma unroll
+      for (int i = 0; i < CHUNK; i++) broken |= v[i] != v[i];
+    }
+    *reinterpret_cast<uint4*>(codes + chunk_place(row, c, depth_pieces)) =
+        codes_of<SMOOTH>(v, smooth, grid);
+  }
+  broken = __any_sync(~0u, broken);
+  if (lane == 0) scales[row] = broken ? __int_as_float(0x7fc00000) : grid.scale;
+}
+
+// Eight 4-bit numbers, each a code raised by 8, as two words of four codes.
+__device__ __forceinline__ uint2 codes_of_nibbles(unsigned word) {
+  const unsigned even = word & 0x0f0f0f0f, odd = (word >> 4) & 0x0f0f0f0f;
+  const unsigned low = __byte_perm(even, odd, 0x5140), high = __byte_perm(even, odd, 0x7362);
+  // Subtracts 8 from each byte: the bit on top keeps a byte from borrowing of the next.
+  return make_uint2(
+      ((low | 0x80808080) - 0x08080808) ^ 0x80808080,
+      ((high | 0x80808080) - 0x08080808) ^ 0x80808080);
+}
+
+// MLX's packing of BITS (4 or 8) to tiles, one thread a chunk of the tiles, which are whole blocks;
+// what is beyond the weight is zero.
+template <int BITS>
+__device__ __forceinline__ void unpack_weight(
+    const unsigned* packed, signed char* tiles, int rows, int words_per_row) {
+  constexpr int WORDS = CHUNK * BITS / 32;
+  const int depth_pieces = (words_per_row * 32 / BITS + PIECE - 1) / PIECE;
+  const int chunks = depth_pieces * (PIECE / CHUNK);
+  const size_t thread = size_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  const int row = int(thread / chunks), chunk = int(thread % chunks);
+  uint4 codes = make_uint4(0, 0, 0, 0);
+  if (row < rows && (chunk + 1) * WORDS <= words_per_row) {
+    const unsigned* word = packed + size_t(row) * words_per_row + chunk * WORDS;
+    if constexpr (BITS == 4) {
+      const uint2 low = codes_of_nibbles(word[0]), high = codes_of_nibbles(word[1]);
+      codes = make_uint4(low.x, low.y, high.x, high.y);
+    } else {
+      codes = make_uint4(word[0] ^ 0x80808080, word[1] ^ 0x80808080, word[2] ^ 0x80808080,
+                         word[3] ^ 0x80808080);
+    }
+  }
+  *reinterpret_cast<uint4*>(tiles + chunk_place(row, chunk, depth_pieces)) = codes;
+}
+
+} // namespace ditq

@@ -1,0 +1,22 @@
+// The layout that both matrix kernels read. A matrix of codes (rows, depth) is stored as pieces of
+// 128 rows by 128 codes, (rows / 128, depth / 128, 128, 128), 16 KB each. Within a piece the eight
+// 16-byte chunks of row r are permuted by xor with r % 8: a piece copied to shared memory as it is
+// can then be read by wgmma and ldmatrix without bank conflicts.
+
+namespace ditq {
+
+constexpr int PIECE = 128;
+constexpr int PIECE_BYTES = PIECE * PIECE;
+constexpr int CHUNK = 16;
+
+__device__ __forceinline__ size_t chunk_place(int row, int chunk, int depth_pieces) {
+  const int within = row % PIECE;
+  const size_t piece = size_t(row / PIECE) * depth_pieces + chunk / 8;
+  return piece * PIECE_BYTES + within * PIECE + ((chunk % 8) ^ (within % 8)) * CHUNK;
+}
+
+__device__ __forceinline__ unsigned shared_address(const void* place) {
+  return unsigned(__cvta_generic_to_shared(place));
+}
+
+} // namespace ditq

@@ -1,0 +1,180 @@
+"""Products of 8-bit integers on NVIDIA GPUs, from sm_80 on; what they cannot do is done elsewhere.
+
+Before the first product a self-test runs. Where it fails, on another device, for floats or for
+scales of groups, `dense` and `unpack` multiply instead: never a wrong number.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+
+from . import cuda_int8_kernels as kernels
+from .cuda_int8_check import self_test
+from .cuda_int8_kernels import MMA, UNPACKED_BITS, WGMMA, Codes, Following, InputGrid, Variant
+from .dense import Dense
+from .device import Device
+from .unpack import Unpack
+from .weight import Weight
+
+HOPPER, OLDEST = (9, 0), (8, 0)  # compute capabilities
+LARGEST_CODE = 127
+INT32_BELOW = 2**31
+INPUT_DTYPES = (mx.float16, mx.bfloat16, mx.float32, mx.int8)
+VARIANTS = {variant.name: variant for variant in (WGMMA, MMA)}
+FALLBACKS = {backend.name: backend for backend in (Dense(), Unpack())}
+FEW_ROWS = 512  # below it a tile of rows is half empty, or most multiprocessors are
+
+
+def capability() -> tuple[int, int]:
+    """Of the CUDA device that MLX computes on, (0, 0) where it computes on another."""
+    if Device.here().kind != "cuda":
+        return 0, 0
+    info = mx.device_info()
+    return int(info["compute_capability_major"]), int(info["compute_capability_minor"])
+
+
+def suited(found: tuple[int, int]) -> Variant | None:
+    """The kernel for a compute capability; wgmma is Hopper's alone."""
+    if found == HOPPER:
+        return WGMMA
+    return MMA if found >= OLDEST else None
+
+
+def usable() -> Variant | None:
+    """The kernel that multiplies here, none where there is none that passes its self-test."""
+    variant = suited(capability())
+    return None if variant is None or self_test(variant) else variant
+
+
+def status() -> str:
+    """One line for `ditq doctor`."""
+    found = capability()
+    if found == (0, 0):
+        return "not used: MLX does not compute on a CUDA device"
+    variant, name = suited(found), "sm_{}{}".format(*found)
+    if variant is None:
+        return f"not used: {name} is older than sm_80"
+    if wrong := self_test(variant):
+        return f"not used: self-test of {variant.name} failed on {name}: {wrong}"
+    return f"{variant.name} on {name}, self-test passed"
+
+
+def pays(rows: int) -> bool:
+    """Whether so many rows are worth an integer kernel, on a machine that has one that works."""
+    return rows >= FEW_ROWS and usable() is not None
+
+
+def refusal(weight: Weight, largest: int | None) -> str:
+    """Why such a product is none of whole 8-bit numbers; empty if it is."""
+    if largest is None or largest > LARGEST_CODE:
+        return "inputs are floats" if largest is None else f"codes up to {largest}"
+    if weight.groups > 1:
+        return "scales of groups"
+    if weight.columns * largest * 2 ** (weight.bits - 1) >= INT32_BELOW:
+        return f"sums of {weight.columns} columns do not fit in 32 bits"
+    return ""
+
+
+class CudaInt8:
+    """Weights lie as int8 in tiles; `keeps_packed` unpacks them anew at every call instead."""
+
+    def __init__(self, keeps_packed: bool = False) -> None:
+        self.keeps_packed = keeps_packed
+        self.name = "cuda_int8_packed" if keeps_packed else "cuda_int8"
+
+    def prepare(self, weight: Weight, dtype: mx.Dtype, largest: int | None) -> dict[str, Any]:
+        """Arrays, and the names of what multiplies them."""
+        lent = hasattr(weight, "bytes")  # a byte a weight, held elsewhere: nothing is kept of it
+        keeps = not (lent or self.keeps_packed)
+        if refusal(weight, largest) or (variant := usable()) is None:
+            fallback = "dense" if keeps else "unpack"
+            return {"fallback": fallback, **FALLBACKS[fallback].prepare(weight, dtype, largest)}
+        scales = weight.scales[:, 0]
+        operand = {"kernel": variant.name, "scales": scales}
+        operand["columns"] = kernels.column_table(scales)[0]
+        if self.keeps_packed and weight.bits in UNPACKED_BITS:
+            return {**operand, "packed": weight.packed, "bits": weight.bits}
+        operand["tiles"] = kernels.weight_tiles(weight)
+        if keeps:
+            mx.eval(operand["tiles"], operand["columns"])
+        return operand
+
+    def multiply(self, x: mx.array, factor: mx.array | None, operand: dict[str, Any]) -> mx.array:
+        """(…, rows) float32; with a factor x holds codes, without one floats."""
+        if "fallback" in operand:
+            return FALLBACKS[operand["fallback"]].multiply(x, factor, operand)
+        shape = (*x.shape[:-1], len(operand["scales"]))
+        if x.size == 0:
+            return mx.zeros(shape)
+        codes = kernels.quantize(known(x), InputGrid.of_codes(LARGEST_CODE))
+        factor = mx.broadcast_to(factor.astype(mx.float32), (*x.shape[:-1], 1)).reshape(-1)
+        codes = Codes(codes.tiles, codes.scales * factor, codes.columns)
+        return self.product(codes, operand, mx.float32).reshape(shape)
+
+    @staticmethod
+    def fuses(operand: dict[str, Any]) -> bool:
+        """Whether the methods below can be used with it."""
+        return "fallback" not in operand
+
+    def quantize(self, x: mx.array, grid: InputGrid) -> Codes:
+        """Codes of (…, columns) floats, once for all the products that take them."""
+        return kernels.quantize(known(x), grid)
+
+    def product(
+        self,
+        codes: Codes,
+        operand: dict[str, Any],
+        dtype: mx.Dtype,
+        columns: mx.array | None = None,
+    ) -> mx.array:
+        """(rows, outputs); `columns` is a row of `column_table`, none adds no bias."""
+        columns = operand["columns"] if columns is None else columns
+        return kernels.multiply(
+            codes, tiles_of(operand), operand["scales"], columns, dtype, VARIANTS[operand["kernel"]]
+        )
+
+    def product_gelu(
+        self,
+        codes: Codes,
+        operand: dict[str, Any],
+        following: Following,
+        columns: mx.array | None = None,
+    ) -> Codes:
+        """The product through GELU, quantized for the next."""
+        columns = operand["columns"] if columns is None else columns
+        return kernels.multiply_gelu(
+            codes,
+            tiles_of(operand),
+            operand["scales"],
+            columns,
+            following,
+            VARIANTS[operand["kernel"]],
+        )
+
+    def linear(
+        self,
+        x: mx.array,
+        grid: InputGrid,
+        operand: dict[str, Any],
+        columns: mx.array | None = None,
+    ) -> mx.array:
+        """A whole quantized linear in two kernels: (…, columns) to (…, outputs), in x's dtype."""
+        shape = (*x.shape[:-1], len(operand["scales"]))
+        if x.size == 0:
+            return mx.zeros(shape, dtype=x.dtype)
+        return self.product(self.quantize(x, grid), operand, x.dtype, columns).reshape(shape)
+
+
+def tiles_of(operand: dict[str, Any]) -> mx.array:
+    if "tiles" in operand:
+        return operand["tiles"]
+    return kernels.weight_tiles(
+        Weight(operand["packed"], operand["scales"][:, None], operand["bits"])
+    )
+
+
+def known(x: mx.array) -> mx.array:
+    """In a dtype that the quantizer reads."""
+    return x if x.dtype in INPUT_DTYPES else x.astype(mx.float32)

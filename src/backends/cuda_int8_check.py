@@ -1,0 +1,159 @@
+"""Whether the integer kernels are right on this machine: against whole numbers summed by NumPy.
+
+Also how the tiles look from outside (`tiled`, `untiled`), and what the quantizer must give.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+from . import cuda_int8_kernels as kernels
+from .cuda_int8_kernels import PIECE, InputGrid, Variant
+from .weight import Weight
+
+CHUNK = 16
+SMALLEST_SCALE = np.float32(1e-12)
+
+
+class Case(NamedTuple):
+    """A product: rows, outputs (N), columns (K), bits of the weight."""
+
+    rows: int
+    outputs: int
+    columns: int
+    bits: int
+
+
+# Ragged and whole tiles, one stage and many, more tiles than blocks, sums beyond 2^24.
+SELF_TEST = (
+    Case(1, 40, 32, 4),
+    Case(77, 200, 1056, 8),
+    Case(300, 264, 6144, 4),
+    Case(128, 256, 6144, 8),
+    Case(2817, 1536, 64, 4),
+)
+
+
+def tiled(codes: np.ndarray) -> np.ndarray:
+    """(row pieces, column pieces, 128, 128) int8 as cuda/tiles.cu describes it."""
+    rows, columns = (PIECE * kernels.pieces(size) for size in codes.shape)
+    whole = np.zeros((rows, columns), np.int8)
+    whole[: codes.shape[0], : codes.shape[1]] = codes
+    chunks = whole.reshape(rows // PIECE, PIECE, columns // PIECE, PIECE // CHUNK, CHUNK)
+    return swapped(chunks.transpose(0, 2, 1, 3, 4))
+
+
+def untiled(tiles: np.ndarray, rows: int, columns: int) -> np.ndarray:
+    """(rows, columns) codes of tiles."""
+    chunks = tiles.reshape(*tiles.shape[:3], PIECE // CHUNK, CHUNK)
+    pieces = swapped(chunks).transpose(0, 2, 1, 3)
+    return pieces.reshape(len(tiles) * PIECE, -1)[:rows, :columns]
+
+
+def swapped(chunks: np.ndarray) -> np.ndarray:
+    """Pieces with the chunks of each row in the other order; doing it twice changes nothing."""
+    places = np.arange(PIECE // CHUNK)[None] ^ (np.arange(PIECE) % 8)[:, None]
+    moved = np.take_along_axis(chunks, places[None, None, :, :, None], axis=3)
+    return moved.reshape(*chunks.shape[:2], PIECE, PIECE)
+
+
+def codes_of(
+    x: np.ndarray,
+    scale: np.ndarray | float,
+    limit: float,
+    shift: np.ndarray | None = None,
+    smoothing: np.ndarray | None = None,
+    per_token: bool = False,
+) -> tuple[np.ndarray, np.ndarray]:
+    """int8 codes of finite rows and the rows' float32 scales, one float32 operation at a time."""
+    x = x.astype(np.float32)
+    x = x if shift is None else x - shift.astype(np.float32)
+    x = x if smoothing is None else x / smoothing.astype(np.float32)
+    scales = np.broadcast_to(np.float32(scale), (len(x),))
+    if per_token:
+        scales = np.maximum(np.abs(x).max(axis=1) / np.float32(limit), SMALLEST_SCALE)
+    codes = np.clip(np.rint(x / scales[:, None]), -limit, limit)
+    return codes.astype(np.int8), scales
+
+
+def random_weight(rng: np.random.Generator, case: Case) -> tuple[np.ndarray, Weight]:
+    """Codes, every fifth column the most extreme one, and the same packed."""
+    half = 2 ** (case.bits - 1)
+    codes = rng.integers(-half, half, (case.outputs, case.columns)).astype(np.int8)
+    codes[:, ::5] = -half
+    raised = (codes.astype(np.int16) + half).astype(np.uint32)
+    fields = 32 // case.bits
+    words = raised.reshape(case.outputs, -1, fields) << (np.arange(fields) * case.bits)
+    packed = words.sum(axis=2, dtype=np.uint64).astype(np.uint32)
+    scales = rng.uniform(1e-3, 1e-2, (case.outputs, 1)).astype(np.float32)
+    return codes, Weight(mx.array(packed), mx.array(scales), case.bits)
+
+
+def wrong_sums(variant: Variant, case: Case, seed: int = 0) -> int:
+    """How many outputs of a random product differ from NumPy's in any bit."""
+    rng = np.random.default_rng(seed)
+    codes, weight = random_weight(rng, case)
+    x = rng.integers(-127, 128, (case.rows, case.columns))
+    x[:, ::5] = 127
+    factors = rng.uniform(0.01, 0.1, case.rows).astype(np.float32)
+    sums = x.astype(np.float64) @ codes.T.astype(np.float64)
+    scales = np.array(weight.scales)[:, 0]
+    wanted = sums.astype(np.float32) * (factors[:, None] * scales)
+    rows = kernels.quantize(mx.array(x.astype(np.float32)), InputGrid.of_codes(127))
+    got = kernels.multiply(
+        kernels.Codes(rows.tiles, rows.scales * mx.array(factors), case.columns),
+        kernels.weight_tiles(weight),
+        weight.scales[:, 0],
+        kernels.column_table(weight.scales[:, 0])[0],
+        mx.float32,
+        variant,
+    )
+    return int((np.array(got) != wanted).sum())
+
+
+def wrong_codes(
+    rows: int,
+    columns: int,
+    dtype: mx.Dtype,
+    *,
+    shifted: bool = False,
+    smoothed: bool = False,
+    per_token: bool = False,
+    seed: int = 0,
+) -> int:
+    """How many codes and scales of a random input, mostly ties, differ from NumPy's."""
+    rng = np.random.default_rng(seed)
+    scale, limit = float(rng.choice([0.0625, 0.0431])), float(rng.choice([7, 31, 127]))
+    x = np.rint(rng.standard_normal((rows, columns)) * limit) * scale / 2
+    held = mx.array(x.astype(np.float32)).astype(dtype)
+    shift = rng.standard_normal(columns).astype(np.float32) if shifted else None
+    smoothing = rng.uniform(0.3, 3, columns).astype(np.float32) if smoothed else None
+    x = np.array(held.astype(mx.float32))
+    codes, scales = codes_of(x, scale, limit, shift, smoothing, per_token)
+    grid = InputGrid(
+        mx.array([scale]),
+        mx.array([limit]),
+        None if shift is None else mx.array(shift),
+        None if smoothing is None else mx.array(smoothing),
+        per_token,
+    )
+    got = kernels.quantize(held, grid)
+    wrong = np.array(got.tiles) != tiled(codes)
+    return int(wrong.sum()) + int((np.array(got.scales) != scales).sum())
+
+
+@lru_cache
+def self_test(variant: Variant) -> str:
+    """Empty where all is exact, else what went wrong; run once a process."""
+    for case in SELF_TEST:
+        try:
+            wrong = wrong_sums(variant, case)
+        except RuntimeError as error:  # what MLX raises when a kernel does not compile or start
+            return f"{case}: {str(error).strip().splitlines()[0][:200]}"
+        if wrong:
+            return f"{case}: {wrong} wrong sums"
+    return ""

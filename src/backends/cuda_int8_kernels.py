@@ -1,0 +1,322 @@
+"""Integer kernels for NVIDIA GPUs: how their source is put together, and how they are started.
+
+Codes and weights lie in tiles (cuda/tiles.cu); rows, columns and depth are padded here, so any
+shape is taken. Each kernel is compiled when it is first used, for the device that it runs on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib import resources
+from typing import Any
+
+import mlx.core as mx
+
+from .weight import Weight
+
+PIECE = 128  # rows, and codes along the depth, of a piece of a tile
+WIDE = 256  # columns that the Hopper kernel takes at once, to which weights are padded
+ROWS_PER_BLOCK, QUANTIZE_THREADS, UNPACK_THREADS = 8, 256, 256
+UNPACKED_BITS = (4, 8)  # that a kernel unpacks
+# More blocks than a device has multiprocessors would be right too, but slower. H100 and H200.
+HOPPER_BLOCKS = 132
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One of the two matrix kernels."""
+
+    name: str
+    file: str
+    threads: int
+    shared_memory: int  # bytes, with room to align them
+    columns: int  # of a tile
+    persistent: bool
+
+
+WGMMA = Variant("wgmma", "multiply_sm90", 384, 4 * 48 * 1024 + 1024, WIDE, True)
+MMA = Variant("mma", "multiply_sm80", 256, 3 * 32 * 1024 + 1024, PIECE, False)
+
+
+@dataclass(frozen=True)
+class InputGrid:
+    """How an input becomes codes: clip(round((x − shift) / smoothing / scale), −limit, limit).
+
+    `scales` and `limits` have one entry, or one for each row of the batch, and so may the shift.
+    Per token the scale is the token's largest value over the limit instead.
+    """
+
+    scales: mx.array  # (entries,) float32
+    limits: mx.array  # (entries,) float32
+    shift: mx.array | None = None  # (columns,) or (entries, columns) float32
+    smoothing: mx.array | None = None  # (columns,) float32
+    per_token: bool = False
+
+    @classmethod
+    def of_codes(cls, limit: int) -> InputGrid:
+        """For an input that holds codes already."""
+        return cls(mx.array([1.0]), mx.array([float(limit)]))
+
+
+@dataclass(frozen=True)
+class Codes:
+    """Quantized rows; a row that held NaN has the scale NaN."""
+
+    tiles: mx.array  # (row pieces, depth pieces, 128, 128) int8
+    scales: mx.array  # (rows,) float32
+    columns: int
+
+    @property
+    def rows(self) -> int:
+        return len(self.scales)
+
+
+@dataclass(frozen=True)
+class Following:
+    """The grid of the next product's input, as the kernel that ends with it reads it."""
+
+    factors: mx.array  # (2·padded columns,) float32
+    scale: mx.array  # (1,) float32
+    limit: mx.array  # (1,) float32
+
+
+def pieces(size: int, of: int = PIECE) -> int:
+    return -(-size // of)
+
+
+def padded(size: int) -> int:
+    """Columns of an output with those of its last, part-filled tile."""
+    return WIDE * pieces(size, WIDE)
+
+
+def text(name: str) -> str:
+    return (resources.files(__package__) / "cuda" / f"{name}.cu").read_text(encoding="utf-8")
+
+
+def wgmma_source(columns: int = WIDE) -> str:
+    """The instruction that multiplies 64 rows by `columns`, 32 codes deep, as a function."""
+    count = columns // 2  # sums of each thread
+    sums = ", ".join(f"%{i}" for i in range(count))
+    operands = ", ".join(f'"+r"(sums[{i}])' for i in range(count))
+    return f"""
+namespace ditq {{
+
+// Adds to the sums, or overwrites them where `add` is 0.
+__device__ __forceinline__ void wgmma_{columns}(
+    int (&sums)[{count}], unsigned long long rows, unsigned long long columns, int add) {{
+  asm volatile(
+      "{{\\n.reg .pred add;\\nsetp.ne.b32 add, %{count + 2}, 0;\\n"
+      "wgmma.mma_async.sync.aligned.m64n{columns}k32.s32.s8.s8 {{{sums}}}, "
+      "%{count}, %{count + 1}, add;\\n}}"
+      : {operands}
+      : "l"(rows), "l"(columns), "r"(add));
+}}
+
+}} // namespace ditq
+"""
+
+
+def multiply_header(variant: Variant) -> str:
+    generated = wgmma_source() if variant is WGMMA else ""
+    return text("tiles") + text("finish") + generated + text(variant.file)
+
+
+QUANTIZE = """
+ditq::quantize_rows<TOKEN, SHIFT, SMOOTH>(
+    x, given, limits, shifts, smoothing, codes, scales, x_shape[0], x_shape[1], limits_shape[0],
+    shifts_shape[0]);
+"""
+UNPACK = """
+ditq::unpack_weight<BITS>(packed, tiles, packed_shape[0], packed_shape[1]);
+"""
+# The weight's own scales are given for their number alone.
+MULTIPLY = """
+const int rows = row_scales_shape[0], width = weight_scales_shape[0];
+const ditq::ToFloats<T> finish{
+    row_scales, reinterpret_cast<const float4*>(columns), y, rows, width};
+ditq::multiply(
+    a, b, (rows + 127) / 128, (width + TILE - 1) / TILE, b_shape[1], finish);
+"""
+MULTIPLY_GELU = """
+const int rows = row_scales_shape[0], width = weight_scales_shape[0];
+const ditq::ToCodes finish{
+    row_scales, reinterpret_cast<const float4*>(columns), reinterpret_cast<const float4*>(next), y,
+    scales, scale[0], limit[0], rows, (width + 127) / 128};
+ditq::multiply(
+    a, b, (rows + 127) / 128, (width + TILE - 1) / TILE, b_shape[1], finish);
+"""
+OPERANDS = ("a", "b", "row_scales", "weight_scales", "columns")
+
+
+@lru_cache
+def quantize_kernel() -> Any:
+    return mx.fast.cuda_kernel(
+        name="ditq_quantize",
+        input_names=["x", "given", "limits", "shifts", "smoothing"],
+        output_names=["codes", "scales"],
+        source=QUANTIZE,
+        header=text("tiles") + text("quantize"),
+    )
+
+
+@lru_cache
+def unpack_kernel() -> Any:
+    return mx.fast.cuda_kernel(
+        name="ditq_unpack",
+        input_names=["packed"],
+        output_names=["tiles"],
+        source=UNPACK,
+        header=text("tiles") + text("quantize"),
+    )
+
+
+@lru_cache
+def multiply_kernel(variant: Variant) -> Any:
+    return mx.fast.cuda_kernel(
+        name=f"ditq_multiply_{variant.name}",
+        input_names=list(OPERANDS),
+        output_names=["y"],
+        source=MULTIPLY,
+        header=multiply_header(variant),
+        shared_memory=variant.shared_memory,
+    )
+
+
+@lru_cache
+def gelu_kernel(variant: Variant) -> Any:
+    return mx.fast.cuda_kernel(
+        name=f"ditq_gelu_{variant.name}",
+        input_names=[*OPERANDS, "next", "scale", "limit"],
+        output_names=["y", "scales"],
+        source=MULTIPLY_GELU,
+        header=multiply_header(variant),
+        shared_memory=variant.shared_memory,
+    )
+
+
+def quantize(x: mx.array, grid: InputGrid) -> Codes:
+    """Codes of (…, columns) floats, or of int8 as they are, row by row."""
+    columns = x.shape[-1]
+    x = x.reshape(-1, columns)
+    rows, limits = len(x), grid.limits.reshape(-1)
+    absent = limits[None]  # anything that is there already: it is not read
+    tiles, scales = quantize_kernel()(
+        inputs=[
+            x,
+            grid.scales.reshape(-1),
+            limits,
+            absent if grid.shift is None else grid.shift.reshape(-1, columns),
+            absent if grid.smoothing is None else grid.smoothing,
+        ],
+        template=[
+            ("TOKEN", grid.per_token),
+            ("SHIFT", grid.shift is not None),
+            ("SMOOTH", grid.smoothing is not None),
+            ("T", x.dtype),
+        ],
+        output_shapes=[
+            (pieces(rows), pieces(columns), PIECE, PIECE),
+            (PIECE * pieces(rows),),
+        ],
+        output_dtypes=[mx.int8, mx.float32],
+        grid=(pieces(rows) * (PIECE // ROWS_PER_BLOCK) * QUANTIZE_THREADS, 1, 1),
+        threadgroup=(QUANTIZE_THREADS, 1, 1),
+    )
+    return Codes(tiles, scales[:rows], columns)
+
+
+def weight_tiles(weight: Weight) -> mx.array:
+    """(column pieces, depth pieces, 128, 128) int8 of a weight's codes, zeros around them."""
+    rows, columns = len(weight.scales), weight.columns
+    shape = (padded(rows) // PIECE, pieces(columns), PIECE, PIECE)
+    if weight.bits not in UNPACKED_BITS:
+        codes = mx.pad(weight.codes(mx.int8), ((0, padded(rows) - rows), (0, 0)))
+        return quantize(codes, InputGrid.of_codes(PIECE)).tiles
+    chunks = padded(rows) * pieces(columns) * (PIECE // 16)
+    return unpack_kernel()(
+        inputs=[weight.packed],
+        template=[("BITS", weight.bits)],
+        output_shapes=[shape],
+        output_dtypes=[mx.int8],
+        grid=(chunks, 1, 1),
+        threadgroup=(UNPACK_THREADS, 1, 1),
+    )[0]
+
+
+def column_table(scales: mx.array, bias: mx.array | None = None) -> mx.array:
+    """(steps, numbers) float32: what the kernel wants of each two columns, side by side.
+
+    Of (steps, columns) biases; none is one step of zeros. Rows of it may be mixed as biases may.
+    """
+    bias = mx.zeros((1, len(scales))) if bias is None else bias.reshape(-1, len(scales))
+    return pair_table(mx.broadcast_to(scales, bias.shape), bias)
+
+
+def pair_table(first: mx.array, second: mx.array) -> mx.array:
+    """(steps, 2·padded columns): two of the first, the two of the second, and so on."""
+    steps, width = first.shape
+    around = ((0, 0), (0, padded(width) - width))
+    both = [mx.pad(v.astype(mx.float32), around).reshape(steps, -1, 1, 2) for v in (first, second)]
+    return mx.concatenate(both, axis=2).reshape(steps, -1)
+
+
+def following(grid: InputGrid, columns: int) -> Following:
+    """Of a static grid with one entry; made once for all products at the same step."""
+    factor = 1 / (grid.scales if grid.smoothing is None else grid.scales * grid.smoothing)
+    factor = mx.broadcast_to(factor, (columns,))
+    term = mx.zeros((columns,)) if grid.shift is None else -grid.shift.reshape(columns) * factor
+    return Following(pair_table(factor[None], term[None])[0], grid.scales, grid.limits)
+
+
+def launch(variant: Variant, rows: int, width: int) -> dict[str, Any]:
+    tiles = pieces(rows) * pieces(width, variant.columns)
+    blocks = min(tiles, HOPPER_BLOCKS) if variant.persistent else tiles
+    return {"grid": (blocks * variant.threads, 1, 1), "threadgroup": (variant.threads, 1, 1)}
+
+
+def multiply(
+    codes: Codes,
+    tiles: mx.array,
+    weight_scales: mx.array,
+    columns: mx.array,
+    dtype: mx.Dtype,
+    variant: Variant,
+) -> mx.array:
+    """(rows, weight's rows) sums, scaled and with the bias; `columns` is a row of a table."""
+    return multiply_kernel(variant)(
+        inputs=[codes.tiles, tiles, codes.scales, weight_scales, columns],
+        template=[("T", dtype), ("TILE", variant.columns)],
+        output_shapes=[(codes.rows, len(weight_scales))],
+        output_dtypes=[dtype],
+        **launch(variant, codes.rows, len(weight_scales)),
+    )[0]
+
+
+def multiply_gelu(
+    codes: Codes,
+    tiles: mx.array,
+    weight_scales: mx.array,
+    columns: mx.array,
+    following: Following,
+    variant: Variant,
+) -> Codes:
+    """The same through GELU, as codes for the next product; NaN of a row stays in its scale."""
+    width = len(weight_scales)
+    tiles, scales = gelu_kernel(variant)(
+        inputs=[
+            codes.tiles,
+            tiles,
+            codes.scales,
+            weight_scales,
+            columns,
+            following.factors,
+            following.scale,
+            following.limit,
+        ],
+        template=[("TILE", variant.columns)],
+        output_shapes=[(pieces(codes.rows), pieces(width), PIECE, PIECE), (codes.rows,)],
+        output_dtypes=[mx.int8, mx.float32],
+        **launch(variant, codes.rows, width),
+    )
+    return Codes(tiles, scales, width)

@@ -1,0 +1,338 @@
+"""Integer kernels for NVIDIA GPUs: what surrounds them anywhere, the kernels where there is one."""
+
+from __future__ import annotations
+
+import itertools
+import re
+
+from src.backends import BACKENDS, Weight, named
+from src.backends import cuda_int8_kernels as kernels
+from src.backends.cuda_int8 import CudaInt8, capability, pays, refusal, status, suited, usable
+from src.backends.cuda_int8_check import (
+    Case,
+    codes_of,
+    random_weight,
+    self_test,
+    tiled,
+    untiled,
+    wrong_codes,
+    wrong_sums,
+)
+from src.backends.cuda_int8_kernels import MMA, WGMMA, InputGrid
+from src.quant.artifacts import LayerConfig
+from src.quant.int8 import INT8Linear
+from src.quant.linear import QuantizedLinear, Runtime
+from src.quant.schedule import Schedule, Step
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from .helpers import ROOT
+
+VARIANT = suited(capability())
+VARIANTS = [v for v in (WGMMA, MMA) if VARIANT is WGMMA or v is VARIANT]  # Hopper has both
+needs_cuda = pytest.mark.skipif(VARIANT is None, reason="no NVIDIA GPU from sm_80 on here")
+on_both = pytest.mark.parametrize("variant", VARIANTS or [MMA], ids=lambda v: v.name)
+LINEARS = {
+    "sd3": [(1536, 1536), (6144, 1536), (1536, 6144), (4608, 1536), (9216, 1536)],
+    "sd3.5-large": [(2432, 2432), (9728, 2432), (2432, 9728)],
+    "flux": [(3072, 3072), (12288, 3072), (3072, 12288), (21504, 3072), (3072, 15360)],
+}
+SHAPES = [(model, *shape) for model, shapes in LINEARS.items() for shape in shapes]
+HOW = ("shifted", "smoothed", "per_token")
+ALL_WAYS = [dict(zip(HOW, on, strict=True)) for on in itertools.product([False, True], repeat=3)]
+QUANTIZERS = [(mx.float16, how) for how in ALL_WAYS]  # each is compiled
+QUANTIZERS += [(dtype, how) for dtype in (mx.float32, mx.bfloat16) for how in ALL_WAYS[::7]]
+
+
+# --- anywhere
+
+
+@given(seed=st.integers(0, 2**16), rows=st.integers(1, 300), columns=st.integers(1, 300))
+def test_tiles_hold_every_code_once_and_zeros_around(seed, rows, columns):
+    codes = np.random.default_rng(seed).integers(-128, 128, (rows, columns)).astype(np.int8)
+    tiles = tiled(codes)
+    assert tiles.shape == (-(-rows // 128), -(-columns // 128), 128, 128)
+    np.testing.assert_array_equal(untiled(tiles, rows, columns), codes)
+    assert np.abs(tiles.astype(int)).sum() == np.abs(codes.astype(int)).sum()
+
+
+def test_eight_rows_of_a_column_lie_in_eight_banks_of_sixteen_bytes():
+    rows = np.repeat(np.arange(128, dtype=np.int8)[:, None], 128, axis=1)
+    chunks = np.repeat(np.arange(8, dtype=np.int8), 16)[None].repeat(128, axis=0)
+    row_of, chunk_of = tiled(rows)[0, 0], tiled(chunks)[0, 0, :, ::16]
+    np.testing.assert_array_equal(row_of, rows)
+    for chunk in range(8):
+        places = np.argmax(chunk_of == chunk, axis=1).reshape(16, 8)
+        assert (np.sort(places, axis=1) == np.arange(8)).all()
+
+
+def test_the_hopper_instruction_names_each_of_its_operands_once():
+    source = kernels.wgmma_source()
+    instruction = source[source.index("wgmma.mma_async") :]
+    assert "m64n256k32.s32.s8.s8" in instruction
+    named_in_it = re.findall(r"%\d+", instruction[: instruction.index(";")])
+    assert named_in_it == [f"%{i}" for i in range(130)]
+    assert re.findall(r'"\+r"\(sums\[(\d+)\]\)', source) == [str(i) for i in range(128)]
+
+
+@pytest.mark.parametrize("variant", [WGMMA, MMA], ids=lambda v: v.name)
+def test_sources_keep_to_what_mlx_compiles(variant):
+    """No standard headers and no clusters; the constants are those that Python counts with."""
+    source = kernels.multiply_header(variant) + kernels.text("quantize")
+    assert "#include" not in source and "__cluster_dims__" not in source
+    assert f"__launch_bounds__({variant.threads}" in source
+    constants = dict(re.findall(r"constexpr int (\w+) = (\d+);", source))
+    assert int(constants["PIECE"]) == kernels.PIECE
+    assert int(constants["ROWS_PER_BLOCK"]) * 32 == kernels.QUANTIZE_THREADS
+    stage = kernels.PIECE * (kernels.PIECE + variant.columns)
+    assert variant.shared_memory == int(constants["STAGES"]) * stage + 1024
+    assert variant.shared_memory <= (227 if variant is WGMMA else 99) * 1024
+    braces = [source.count(pair) for pair in "{}()"]
+    assert braces[0] == braces[1] and braces[2] == braces[3]
+
+
+def test_sources_are_installed():
+    assert '"ditq.backends" = ["cuda/*.cu"]' in (ROOT / "pyproject.toml").read_text()
+    files = {path.stem for path in (ROOT / "src" / "backends" / "cuda").iterdir()}
+    assert files == {"tiles", "quantize", "finish", WGMMA.file, MMA.file}
+
+
+@given(rows=st.integers(1, 20000), width=st.integers(1, 30000))
+def test_every_tile_has_a_block_that_comes_to_it(rows, width):
+    for variant in (WGMMA, MMA):
+        start = kernels.launch(variant, rows, width)
+        blocks, rest = divmod(start["grid"][0], start["threadgroup"][0])
+        tiles = -(-rows // 128) * -(-width // variant.columns)
+        assert rest == 0 and 1 <= blocks <= tiles
+        assert variant.persistent or blocks == tiles
+
+
+def test_column_table_holds_pairs_and_mixes_as_biases_do():
+    scales, bias = mx.array([1.0, 2.0, 3.0]), mx.array([[4.0, 5.0, 6.0], [8.0, 9.0, 0.0]])
+    table = np.array(kernels.column_table(scales, bias))
+    assert table.shape == (2, 512)
+    np.testing.assert_array_equal(table[0, :8], [1, 2, 4, 5, 3, 0, 6, 0])
+    assert not table[:, 8:].any()
+    between = np.array(kernels.column_table(scales, bias[:1] + 0.5 * (bias[1:] - bias[:1])))
+    np.testing.assert_array_equal(table[0] + 0.5 * (table[1] - table[0]), between[0])
+    np.testing.assert_array_equal(kernels.column_table(scales)[0, 2:4], [0, 0])
+
+
+def test_the_kernel_follows_the_device():
+    wanted = {(9, 0): WGMMA, (8, 0): MMA, (8, 9): MMA, (10, 0): MMA, (12, 0): MMA}
+    assert {found: suited(found) for found in wanted} == wanted
+    assert suited((7, 5)) is None and suited((0, 0)) is None
+
+
+def test_what_is_no_product_of_whole_numbers_is_refused():
+    weight = Weight(mx.zeros((4, 8), dtype=mx.uint32), mx.ones((4, 1)), 4)
+    assert refusal(weight, 127) == "" == refusal(weight, 7)
+    assert refusal(weight, None) == "inputs are floats"
+    assert refusal(weight, 240) == "codes up to 240"
+    groups = Weight(weight.packed, mx.ones((4, 2)), 4)
+    assert refusal(groups, 127) == "scales of groups"
+    long = Weight(mx.zeros((1, 33056), dtype=mx.uint32), mx.ones((1, 1)), 8)
+    assert "132224 columns do not fit in 32 bits" in refusal(long, 127)
+
+
+@pytest.mark.skipif(VARIANT is not None, reason="there is such a GPU here")
+def test_without_a_gpu_it_says_so_and_others_multiply():
+    assert usable() is None and not pays(10**6)
+    assert status().startswith("not used: ")
+    assert "CUDA" in self_test(WGMMA)
+
+
+@pytest.mark.parametrize("name", ["cuda_int8", "cuda_int8_packed"])
+@pytest.mark.parametrize("bits, groups", [(4, 1), (8, 1), (6, 1), (4, 2)])
+@pytest.mark.parametrize("factor", [0.05, None])
+def test_the_backend_gives_what_the_reference_gives(name, bits, groups, factor):
+    """Anywhere: on a GPU by its kernels, elsewhere by others."""
+    linear = nn.Linear(128, 72, bias=False)
+    weight = QuantizedLinear.from_linear(linear, bits=bits, group_size=128 // groups * (groups > 1))
+    weight = Weight(weight.weight, weight.scales, bits)
+    x = mx.random.randint(-127, 128, (2, 5, 128), key=mx.random.key(1)).astype(mx.float32)
+    x[1, 2, 3] = mx.nan
+    given_factor = None if factor is None else mx.full((2, 1, 1), factor)
+    largest = None if factor is None else 127
+    backends = BACKENDS["reference"], BACKENDS[name]
+    wanted, got = (
+        np.array(b.multiply(x, given_factor, b.prepare(weight, mx.float32, largest)))
+        for b in backends
+    )
+    assert np.isnan(got[1, 2]).all() and np.isnan(got).sum() == 72
+    np.testing.assert_allclose(got, wanted, atol=2e-6 * np.nanmax(np.abs(wanted)))
+    if factor is not None and groups == 1:
+        np.testing.assert_array_equal(got, wanted)
+
+
+@given(
+    seed=st.integers(0, 2**16),
+    per_token=st.booleans(),
+    shifted=st.booleans(),
+    smoothed=st.booleans(),
+)
+def test_numpys_codes_are_those_of_the_quantized_linear(seed, per_token, shifted, smoothed):
+    """What the kernel is compared with is what the layers do."""
+    rng = np.random.default_rng(seed)
+    shift = rng.standard_normal(64).astype(np.float32) if shifted else None
+    smoothing = rng.uniform(0.3, 3, 64).astype(np.float32) if smoothed else None
+    grid = LayerConfig([6], [0.0431], shift, smoothing)
+    runtime = Runtime(a_scale="token" if per_token else "static")
+    layer = QuantizedLinear.from_linear(nn.Linear(64, 8), grid=grid, runtime=runtime)
+    x = rng.standard_normal((9, 64)).astype(np.float32)
+    codes, factor = layer.quantized(layer.centred(mx.array(x)))
+    wanted, scales = codes_of(x, 0.0431, 31, shift, smoothing, per_token)
+    np.testing.assert_array_equal(np.array(codes), wanted)
+    np.testing.assert_array_equal(np.broadcast_to(np.array(factor).reshape(-1), (9,)), scales)
+
+
+# --- on a GPU
+
+
+@needs_cuda
+@on_both
+def test_the_self_test_passes(variant):
+    assert self_test(variant) == ""
+    assert usable() is VARIANT and "self-test passed" in status()
+
+
+@needs_cuda
+@on_both
+@pytest.mark.parametrize("model, outputs, columns", SHAPES)
+def test_models_shapes_are_exact(variant, model, outputs, columns):
+    for rows, bits in ((1, 4), (333, 8)):
+        assert wrong_sums(variant, Case(rows, outputs, columns, bits)) == 0
+
+
+@needs_cuda
+@on_both
+@pytest.mark.slow
+def test_five_hundred_random_shapes_are_exact(variant):
+    rng = np.random.default_rng(0)
+    for seed in range(500):
+        rows, outputs = rng.integers(1, 700, 2)
+        case = Case(int(rows), int(outputs), 32 * int(rng.integers(1, 40)), int(rng.choice([4, 8])))
+        assert wrong_sums(variant, case, seed) == 0, case
+
+
+@needs_cuda
+@pytest.mark.parametrize("dtype, how", QUANTIZERS)
+def test_codes_are_exact(dtype, how):
+    for seed, (rows, columns) in enumerate([(1, 32), (77, 1536), (130, 133), (300, 6144)]):
+        assert wrong_codes(rows, columns, dtype, **how, seed=seed) == 0
+
+
+@needs_cuda
+@on_both
+@pytest.mark.parametrize("outputs", [256, 72, 133])
+def test_sixteen_bit_outputs_are_float32_ones_rounded(variant, outputs):
+    rng = np.random.default_rng(0)
+    _, weight = random_weight(rng, Case(1, outputs, 160, 4))
+    scales, bias = weight.scales[:, 0], mx.array(rng.standard_normal(outputs).astype(np.float32))
+    x = mx.array(rng.standard_normal((137, 160)).astype(np.float32))
+    codes = kernels.quantize(x, InputGrid(mx.array([0.05]), mx.array([127.0])))
+    tiles, table = kernels.weight_tiles(weight), kernels.column_table(scales, bias)[0]
+    exact = kernels.multiply(codes, tiles, scales, table, mx.float32, variant)
+    plain = kernels.multiply(
+        codes, tiles, scales, kernels.column_table(scales)[0], mx.float32, variant
+    )
+    wanted = np.array(plain).astype(np.float64) + np.array(bias)
+    np.testing.assert_allclose(np.array(exact), wanted, rtol=1e-6, atol=1e-6)
+    for dtype in (mx.float16, mx.bfloat16):
+        got = kernels.multiply(codes, tiles, scales, table, dtype, variant)
+        assert mx.array_equal(got, exact.astype(dtype))
+
+
+@needs_cuda
+@on_both
+def test_gelu_and_its_codes(variant):
+    """Up to the approximation of tanh; NaN of a row goes through two products, and stays in it."""
+    rng = np.random.default_rng(0)
+    _, first = random_weight(rng, Case(1, 6144 + 128, 256, 4))
+    _, second = random_weight(rng, Case(1, 72, 6144 + 128, 4))
+    x = rng.standard_normal((137, 256)).astype(np.float32)
+    x[5, 6] = np.nan
+    codes = kernels.quantize(mx.array(x), InputGrid(mx.array([0.03]), mx.array([127.0])))
+    scales, width = first.scales[:, 0], len(first.scales)
+    shift = mx.array(rng.standard_normal(width).astype(np.float32) * 0.1)
+    smoothing = mx.array(rng.uniform(0.5, 2, width).astype(np.float32))
+    grid = InputGrid(mx.array([0.02]), mx.array([127.0]), shift, smoothing)
+    table, tiles = kernels.column_table(scales, shift)[0], kernels.weight_tiles(first)
+    hidden = kernels.multiply(codes, tiles, scales, table, mx.float32, variant)
+    wanted = kernels.quantize(nn.gelu_approx(hidden), grid)
+    got = kernels.multiply_gelu(
+        codes, tiles, scales, table, kernels.following(grid, width), variant
+    )
+    np.testing.assert_array_equal(np.array(got.scales), np.array(wanted.scales))
+    assert np.isnan(got.scales[5].item()) and mx.isnan(got.scales).sum().item() == 1
+    one, other = (untiled(np.array(c.tiles), 137, width).astype(int) for c in (got, wanted))
+    apart = np.delete(np.abs(one - other), 5, axis=0)
+    assert apart.max() <= 1 and apart.mean() < 0.02
+    last = second.scales[:, 0]
+    y = kernels.multiply(
+        got, kernels.weight_tiles(second), last, kernels.column_table(last)[0], mx.float16, variant
+    )
+    assert mx.isnan(y).sum().item() == 72 and mx.isnan(y[5]).all().item()
+
+
+@needs_cuda
+@pytest.mark.parametrize("name", ["cuda_int8", "cuda_int8_packed"])
+@pytest.mark.parametrize("per_token", [False, True])
+def test_layers_are_the_references_bit_for_bit_or_to_a_rounding_where_compiled(name, per_token):
+    linear = nn.Linear(192, 328)
+    linear.set_dtype(mx.float16)
+    grid = LayerConfig([8, 6], [0.05, 0.1], np.linspace(-1, 1, 192), np.linspace(0.5, 2, 192))
+    outputs = []
+    for backend in ("reference", name):
+        step = Step(Schedule((1.0, 0.5)))
+        runtime = Runtime(step, "token" if per_token else "static", named(backend))
+        layer = QuantizedLinear.from_linear(linear, grid=grid, runtime=runtime)
+        x = mx.random.normal((2, 77, 192), key=mx.random.key(3)).astype(mx.float16)
+        compiled = mx.compile(layer, inputs=layer.state)
+        moved = layer(x.transpose(1, 0, 2)).transpose(1, 0, 2)
+        outputs.append((layer(x), moved, compiled(x)))
+    (whole, moved, compiled), others = outputs
+    assert mx.array_equal(whole, others[0]) and mx.array_equal(moved, others[1])
+    # Compiled, the reference's last product and the bias become one operation that rounds once.
+    assert mx.allclose(compiled, others[2], rtol=2**-10, atol=2**-12)
+
+
+@needs_cuda
+def test_int8_layers_and_empty_inputs():
+    linear = nn.Linear(192, 328)
+    x = mx.random.normal((3, 192))
+    wanted, got = (INT8Linear.from_linear(linear, name)(x) for name in ("reference", "cuda_int8"))
+    assert mx.array_equal(wanted, got)
+    backend = CudaInt8()
+    _, weight = random_weight(np.random.default_rng(0), Case(1, 40, 64, 4))
+    operand = backend.prepare(weight, mx.float16, 127)
+    assert CudaInt8.fuses(operand)
+    assert backend.multiply(mx.zeros((0, 64)), mx.array(1.0), operand).shape == (0, 40)
+    assert backend.linear(mx.zeros((2, 0, 64)), InputGrid.of_codes(127), operand).shape == (
+        2,
+        0,
+        40,
+    )
+
+
+@needs_cuda
+def test_a_whole_linear_in_two_kernels_also_within_a_compiled_function():
+    rng = np.random.default_rng(0)
+    backend, (_, weight) = CudaInt8(), random_weight(rng, Case(1, 200, 96, 4))
+    operand = backend.prepare(weight, mx.float16, 127)
+    scales, limits = (
+        mx.array([0.05, 0.2]),
+        mx.array([127.0, 31.0]),
+    )  # of a batch of two noise levels
+    x = mx.array(rng.standard_normal((2, 33, 96)).astype(np.float32)).astype(mx.float16)
+    got = backend.linear(x, InputGrid(scales, limits), operand)
+    for i in range(2):
+        alone = backend.linear(x[i], InputGrid(scales[i : i + 1], limits[i : i + 1]), operand)
+        assert mx.array_equal(got[i], alone)
+    compiled = mx.compile(lambda x, s, q: backend.linear(x, InputGrid(s, q), operand))
+    assert mx.array_equal(compiled(x, scales, limits), got)

@@ -1,0 +1,164 @@
+"""Everything that can be checked about the integer kernels on an NVIDIA GPU, in two minutes.
+
+    python -m tools.check_cuda_kernels [--shapes 500] [--output FILE]
+
+Side by side: the GPU tests of tests/test_cuda_int8.py, and compute-sanitizer's memcheck and
+racecheck over a few products; then random shapes against NumPy. Prints what failed; exit status 1
+if anything did.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from src.backends import cuda_int8_kernels as kernels
+from src.backends.cuda_int8 import capability, status, suited
+from src.backends.cuda_int8_check import (
+    SELF_TEST,
+    Case,
+    random_weight,
+    self_test,
+    wrong_codes,
+    wrong_sums,
+)
+from src.backends.cuda_int8_kernels import MMA, WGMMA, InputGrid, Variant
+
+import click
+import mlx.core as mx
+import numpy as np
+
+from tools.bench_common import machine
+
+SANITIZED = (Case(77, 200, 256, 8), Case(130, 264, 640, 4), SELF_TEST[-1])
+CHECKS = ("memcheck", "racecheck")
+SECONDS = 140  # until what still runs is ended
+TAIL = 4000  # characters of a program's output that are kept
+
+
+def variants() -> list[Variant]:
+    """The kernels that run here; Hopper runs both."""
+    found = suited(capability())
+    return [v for v in (WGMMA, MMA) if found is WGMMA or v is found]
+
+
+def few_products(variant: Variant) -> int:
+    """Every kind of kernel once or twice; how many numbers were wrong."""
+    wrong = sum(wrong_sums(variant, case) for case in SANITIZED)
+    wrong += wrong_codes(77, 200, mx.float16, per_token=True)
+    wrong += wrong_codes(77, 200, mx.float16, shifted=True, smoothed=True)
+    rng = np.random.default_rng(0)
+    _, weight = random_weight(rng, Case(1, 384, 256, 4))
+    scales, tiles = weight.scales[:, 0], kernels.weight_tiles(weight)
+    grid = InputGrid(mx.array([0.03]), mx.array([127.0]))
+    codes = kernels.quantize(mx.random.normal((137, 256)), grid)
+    table = kernels.column_table(scales)[0]
+    for dtype in (mx.float16, mx.bfloat16):
+        mx.eval(kernels.multiply(codes, tiles, scales, table, dtype, variant))
+    hidden = kernels.multiply_gelu(
+        codes, tiles, scales, table, kernels.following(grid, 384), variant
+    )
+    mx.eval(hidden.tiles, hidden.scales)
+    return wrong
+
+
+def started(command: list[str]) -> subprocess.Popen:
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,  # so that what a sanitizer has started ends with it
+    )
+
+
+def sanitizers() -> dict[str, subprocess.Popen]:
+    """compute-sanitizer over `few_products`, one process a check."""
+    found = shutil.which("compute-sanitizer") or shutil.which(
+        "compute-sanitizer", path="/usr/local/cuda/bin"
+    )
+    if found is None:
+        return {}
+    here = [sys.executable, "-m", "tools.check_cuda_kernels", "--few"]
+    only = ["--kernel-name", "kernel_substring=ditq"]
+    return {
+        check: started([found, "--tool", check, "--error-exitcode", "9", *only, *here])
+        for check in CHECKS
+    }
+
+
+def finished(process: subprocess.Popen, seconds: float) -> dict[str, Any]:
+    """Exit status and the end of the output; one that takes too long is ended."""
+    try:
+        output, _ = process.communicate(timeout=max(1.0, seconds))
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output, _ = process.communicate()
+        return {"status": "timed out", "output": output[-TAIL:]}
+    return {"status": process.returncode, "output": output[-TAIL:]}
+
+
+def fuzz(variant: Variant, shapes: int) -> dict[str, Any]:
+    """Random shapes: which came out wrong, and how many there were."""
+    rng, begun, wrong = np.random.default_rng(1), time.perf_counter(), []
+    for seed in range(shapes):
+        rows, outputs = (int(n) for n in rng.integers(1, 900, 2))
+        case = Case(rows, outputs, 32 * int(rng.integers(1, 64)), int(rng.choice([4, 8])))
+        if wrong_sums(variant, case, seed):
+            wrong.append(case._asdict())
+    return {"shapes": shapes, "wrong": wrong, "seconds": time.perf_counter() - begun}
+
+
+@click.command()
+@click.option("--shapes", default=500, help="Random shapes a kernel.")
+@click.option("--output", type=click.Path(path_type=Path), help="Also write the results as JSON.")
+@click.option("--few", is_flag=True, help="Only a few products: what the sanitizers watch.")
+def main(shapes: int, output: Path | None, few: bool) -> None:
+    """Check the integer kernels on this GPU."""
+    if not variants():
+        raise click.ClickException(f"no kernel for this machine: {status()}")
+    if few:
+        wrong = {variant.name: few_products(variant) for variant in variants()}
+        click.echo(f"wrong numbers: {wrong}")
+        sys.exit(any(wrong.values()))
+    begun, data = time.perf_counter(), {"machine": machine()}
+    for variant in variants():
+        start = time.perf_counter()
+        data[f"self-test {variant.name}"] = self_test(variant) or "passed"
+        click.echo(
+            f"{variant.name}: self-test {self_test(variant) or 'passed'}, "
+            f"{time.perf_counter() - start:.1f} s with compiling"
+        )
+    tests = started(
+        [sys.executable, "-m", "pytest", "-q", "tests/test_cuda_int8.py", "-m", "not slow"]
+    )
+    watched = sanitizers()
+    for variant in variants():
+        data[f"fuzz {variant.name}"] = found = fuzz(variant, shapes)
+        click.echo(
+            f"{variant.name}: {len(found['wrong'])} of {shapes} random shapes wrong "
+            f"{found['wrong'][:5]}, {found['seconds']:.0f} s"
+        )
+    for name, process in {"pytest": tests, **watched}.items():
+        data[name] = finished(process, SECONDS - (time.perf_counter() - begun))
+        click.echo(f"--- {name}: exit {data[name]['status']}\n{data[name]['output']}")
+    if not watched:
+        click.echo("compute-sanitizer is not installed: memory accesses and races are unchecked")
+    if output is not None:
+        output.write_text(json.dumps(data, indent=2) + "\n")
+    good = all(data[f"self-test {v.name}"] == "passed" for v in variants())
+    good &= all(not data[f"fuzz {v.name}"]["wrong"] for v in variants())
+    good &= all(data[name]["status"] == 0 for name in ("pytest", *watched))
+    click.echo(f"{'all passed' if good else 'FAILED'}, {time.perf_counter() - begun:.0f} s")
+    sys.exit(not good)
+
+
+if __name__ == "__main__":
+    main()
