@@ -12,10 +12,13 @@ from tqdm import tqdm
 from .activation_track.collection import collect_image, finish, sources
 from .calibration import activations
 from .calibration.replay import strided_pairs
+from .calibration.statistics import Collector
 from .calibration.trajectories import open_with_pipeline
 from .cli import command, peak_memory_bytes
 from .distributed import Ranks, open_manifest
 from .errors import UserError
+from .model_options import model_options
+from .models.load import Model
 from .models.pipeline import Pipeline
 from .store import folder_lock, human_bytes, require_space, require_writable
 
@@ -23,7 +26,7 @@ from .store import folder_lock, human_bytes, require_space, require_writable
 def collect_layer_activations(
     calib_dir: str | Path = "calibration_data",
     *,
-    model: str | None = None,
+    model: Model | None = None,
     num_images: int = 5,
     stride: int = 2,
     batch_size: int = 4,
@@ -53,10 +56,10 @@ def collect_layer_activations(
         todo = manifest.pending(units)
         if ranks.rank == 0:
             announce(folder, pipeline, len(todo), len(steps), num_images)
-        mine = todo[ranks.rank :: ranks.size]
+        mine, collector = todo[ranks.rank :: ranks.size], Collector(pipeline.transformer)
         for unit in tqdm(mine, desc="activations", unit="image", disable=not mine):
             own = [pair for pair in pairs if pair[0] == int(unit)]
-            names = collect_image(folder, trajectories, pipeline, own, batch_size)
+            names = collect_image(folder, trajectories, pipeline, collector, own, batch_size)
             manifest.mark(unit, names)
         ranks.barrier()
         if ranks.rank == 0:
@@ -77,7 +80,7 @@ def announce(folder: Path, pipeline: Pipeline, todo: int, steps: int, images: in
 
 @command()
 @click.option("--calib-dir", default="calibration_data", help="Folder of stage 1.")
-@click.option("--model", help="Name or folder.  [default: the model that made the folder]")
+@model_options(help="Name or folder.  [default: the model that made the folder]")
 @click.option("--num-images", default=5, help="Images to replay.")
 @click.option("--stride", default=2, help="Every which step of each.")
 @click.option("--batch-size", default=4, help="Steps replayed together.")

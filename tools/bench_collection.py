@@ -10,34 +10,51 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from src.calibration.replay import strided_pairs, transformer_inputs
-from src.calibration.statistics import collect
+from src.calibration.replay import Inputs, strided_pairs, transformer_inputs
+from src.calibration.statistics import Collector
 from src.calibration.trajectories import open_with_pipeline
 from src.generate_calibration_data import generate_calibration_data
 from src.models.mmdit import MMDiT
+from src.models.pipeline import compiling_is_faster
 
 import click
 import mlx.core as mx
 
 from tools.bench_common import machine, write_report
 
+FORWARDS = 4  # of one measurement
 
-def ratio_of(model: MMDiT, inputs: tuple[mx.array, ...], samples: int, rounds: int) -> dict:
-    """Seconds of a plain forward and of one with the reductions in it, in turn; medians."""
-    plain, collecting = [], []
+
+def plain(forward: Callable[..., mx.array], batches: list[Inputs]) -> None:
+    """The forwards alone, one prepared while the one before computes, as collecting does it."""
+    before = mx.array(0.0)
+    for inputs in batches:
+        velocity = forward(*inputs)
+        mx.async_eval(velocity)
+        mx.eval(before)
+        before = velocity
+    mx.eval(before)
+
+
+def cost_of(model: MMDiT, inputs: Inputs, samples: int, rounds: int) -> dict[str, Any]:
+    """Seconds of FORWARDS plain forwards and of as many with the reductions, in turn; medians."""
+    forward = mx.compile(model) if compiling_is_faster() else model
+    collector, batches, taken = Collector(model), [inputs] * FORWARDS, []
     for _ in range(rounds + 1):  # the first warms up
         start = time.perf_counter()
-        mx.eval(model(*inputs))
+        plain(forward, batches)
         middle = time.perf_counter()
-        collect(model, inputs, samples)
-        plain.append(middle - start)
-        collecting.append(time.perf_counter() - middle)
-    ratios = [c / p for c, p in zip(collecting[1:], plain[1:], strict=True)]
+        for _ in collector.collected((batch, samples) for batch in batches):
+            pass
+        taken.append((middle - start, time.perf_counter() - middle))
+    ratios = [collecting / alone for alone, collecting in taken[1:]]
     return {
-        "plain_s": statistics.median(plain[1:]),
-        "collecting_s": statistics.median(collecting[1:]),
+        "plain_s": statistics.median(alone for alone, _ in taken[1:]) / FORWARDS,
+        "collecting_s": statistics.median(collecting for _, collecting in taken[1:]) / FORWARDS,
         "ratio": statistics.median(ratios),
         "ratio_range": [min(ratios), max(ratios)],
     }
@@ -54,7 +71,7 @@ def main(calib_dir: Path, batch_size: int, rounds: int) -> None:
     trajectories, pipeline = open_with_pipeline(calib_dir)
     pairs = strided_pairs(trajectories, 1, trajectories.num_steps // batch_size)[:batch_size]
     inputs = transformer_inputs(trajectories, pairs, pipeline.dtype)
-    cost = ratio_of(pipeline.transformer, inputs, len(pairs), rounds)
+    cost = cost_of(pipeline.transformer, inputs, len(pairs), rounds)
     low, high = cost["ratio_range"]
     lines = [
         f"A forward of nano with the reductions takes {cost['ratio']:.2f} times a plain one "

@@ -10,7 +10,6 @@ a GPU. Writes docs/benchmarks/sd3_activations.json and sd3_activations.md.
 
 from __future__ import annotations
 
-import statistics
 import time
 from dataclasses import replace
 
@@ -31,6 +30,7 @@ import click
 import mlx.core as mx
 import numpy as np
 
+from tools.bench_collection import cost_of
 from tools.bench_common import machine, write_report
 
 IMAGES = 2
@@ -119,14 +119,7 @@ def overhead(model: MMDiT, side: int, tokens: int, rounds: int, images: int) -> 
     drawn = rows(model.config, side, tokens)
     inputs = [mx.concatenate([x] * (images // IMAGES)) for x in drawn]
     inputs.append(mx.full((2 * images,), 500.0))
-    ratios = []
-    for _ in range(rounds + 1):
-        start = time.perf_counter()
-        mx.eval(model(*inputs))
-        middle = time.perf_counter()
-        collect(model, inputs, images)
-        ratios.append((time.perf_counter() - middle) / (middle - start))
-    return statistics.median(ratios[1:])
+    return cost_of(model, inputs, images, rounds)["ratio"]
 
 
 @click.command()

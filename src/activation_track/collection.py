@@ -7,7 +7,7 @@ from typing import Any
 
 from ..calibration import activations
 from ..calibration.replay import Pair, transformer_inputs
-from ..calibration.statistics import check_finite, collect
+from ..calibration.statistics import Collector, check_finite
 from ..calibration.trajectories import Trajectories
 from ..models.pipeline import Pipeline
 from ..store import Manifest
@@ -25,14 +25,18 @@ def sources(trajectories: Trajectories) -> dict[str, Any]:
 
 
 def collect_image(
-    folder: Path, trajectories: Trajectories, pipeline: Pipeline, pairs: list[Pair], batch: int
+    folder: Path,
+    trajectories: Trajectories,
+    pipeline: Pipeline,
+    collector: Collector,
+    pairs: list[Pair],
+    batch: int,
 ) -> list[str]:
     """Replays the steps of one image; the names of the files written."""
+    batches = [pairs[start : start + batch] for start in range(0, len(pairs), batch)]
+    inputs = ((transformer_inputs(trajectories, b, pipeline.dtype), len(b)) for b in batches)
     names = []
-    for start in range(0, len(pairs), batch):
-        here = pairs[start : start + batch]
-        inputs = transformer_inputs(trajectories, here, pipeline.dtype)
-        found = collect(pipeline.transformer, inputs, len(here))
+    for here, found in zip(batches, collector.collected(inputs), strict=True):
         for (image, step), sample in zip(here, found, strict=True):
             check_finite(sample, f"step {step} of image {image}")
             activations.save_sample(folder, image, step, sample)

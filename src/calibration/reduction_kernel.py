@@ -14,26 +14,28 @@ import mlx.core as mx
 
 from . import histogram
 
-CHUNKS = 32  # parts of the tokens that are reduced side by side
+CHUNKS = 16  # parts of the tokens that blocks reduce side by side
+LANES = 8  # parts of a chunk that threads of one block reduce side by side
 THREADS = 128
 COUNTS_PER_THREAD = 8
 WIDTH = 4  # neighbouring channels of one thread, read at once
 
-# Each thread follows some channels through its chunk of the tokens. Rows are (half, sample).
+# Each thread follows some channels through every LANES-th token of a chunk; then a block joins its
+# lanes in shared memory. Rows are (half, sample).
 PARTS = """
   struct alignas(WIDTH * sizeof(T)) Values { T at[WIDTH]; };
+  __shared__ float lanes[4][LANES][32 * WIDTH + 1];
   const int samples = sizes[0], chunk = blockIdx.y, sample = blockIdx.z;
   const int rows = x_shape[0], tokens = x_shape[1], channels = x_shape[2];
-  const int channel = (blockIdx.x * blockDim.x + threadIdx.x) * WIDTH;
-  if (channel >= channels) return;
+  const int first = blockIdx.x * 32 * WIDTH, own = threadIdx.x * WIDTH;
   float least[WIDTH], most[WIDTH], sum[WIDTH], square[WIDTH];
   for (int i = 0; i < WIDTH; i++) {
     least[i] = INFINITE, most[i] = -INFINITE, sum[i] = 0.0f, square[i] = 0.0f;
   }
-  for (int row = sample; row < rows; row += samples) {
-    const T* from = x + size_t(row) * tokens * channels + channel;
+  for (int row = sample; row < rows && first + own < channels; row += samples) {
+    const T* from = x + size_t(row) * tokens * channels + first + own;
 #pragma unroll 4
-    for (int token = chunk; token < tokens; token += CHUNKS) {
+    for (int token = chunk * LANES + threadIdx.y; token < tokens; token += CHUNKS * LANES) {
       const Values values = *reinterpret_cast<const Values*>(from + size_t(token) * channels);
       for (int i = 0; i < WIDTH; i++) {
         const float value = float(values.at[i]);
@@ -44,13 +46,24 @@ PARTS = """
       }
     }
   }
-  const size_t stride = size_t(samples) * CHUNKS * channels;
-  float* place = parts + (size_t(sample) * CHUNKS + chunk) * channels + channel;
   for (int i = 0; i < WIDTH; i++) {
-    place[i] = least[i];
-    place[stride + i] = most[i];
-    place[2 * stride + i] = sum[i];
-    place[3 * stride + i] = square[i];
+    lanes[0][threadIdx.y][own + i] = least[i];
+    lanes[1][threadIdx.y][own + i] = most[i];
+    lanes[2][threadIdx.y][own + i] = sum[i];
+    lanes[3][threadIdx.y][own + i] = square[i];
+  }
+  __syncthreads();
+  const int moment = threadIdx.y & 3;  // LANES is a multiple of 4, and each warp joins one of them
+  for (int i = threadIdx.x + (threadIdx.y >> 2) * 32; i < 32 * WIDTH; i += (LANES / 4) * 32) {
+    if (first + i >= channels) break;
+    float joined = lanes[moment][0][i];
+    for (int lane = 1; lane < LANES; lane++) {
+      const float other = lanes[moment][lane][i];
+      joined = moment == 0   ? fminf(joined, other)
+               : moment == 1 ? fmaxf(joined, other)
+                             : joined + other;
+    }
+    parts[((size_t(moment) * samples + sample) * CHUNKS + chunk) * channels + first + i] = joined;
   }
 """
 
@@ -127,6 +140,12 @@ def kernel(name: str, inputs: tuple[str, ...], output: str, source: str) -> Call
     )
 
 
+@lru_cache
+def on_device(*values: int) -> mx.array:
+    """Made once: every new array waits for its way there."""
+    return mx.array(values, dtype=mx.int32)
+
+
 def padded(threads: int) -> int:
     """Whole blocks of them."""
     return -(-threads // THREADS) * THREADS
@@ -139,12 +158,12 @@ def reduce_on_cuda(x: mx.array, samples: int, centred: bool) -> tuple[mx.array, 
     halves, tokens = rows // samples, x.shape[1]
     width = WIDTH if channels % WIDTH == 0 else 1
     stride = histogram.counting_stride(halves * tokens * channels, channels)
-    sizes = mx.array([samples, halves * tokens, stride], dtype=mx.int32)
+    sizes = on_device(samples, halves * tokens, stride)
     (parts,) = kernel("parts", ("x", "sizes"), "parts", PARTS)(
         inputs=[x, sizes],
-        template=[("T", x.dtype), ("CHUNKS", CHUNKS), ("WIDTH", width)],
-        grid=(padded(channels // width), CHUNKS, samples),
-        threadgroup=(THREADS, 1, 1),
+        template=[("T", x.dtype), ("CHUNKS", CHUNKS), ("LANES", LANES), ("WIDTH", width)],
+        grid=(-(-channels // (32 * width)) * 32, CHUNKS * LANES, samples),
+        threadgroup=(32, LANES, 1),
         output_shapes=[(4, samples, CHUNKS, channels)],
         output_dtypes=[mx.float32],
     )

@@ -18,7 +18,7 @@ hist_centred       (BINS,) post-GELU inputs only: counts of |x - centre of the s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import mlx.core as mx
@@ -29,6 +29,7 @@ from ..errors import UserError
 from ..lanes import lanes
 from ..models.mmdit import MMDiT
 from ..models.paths import block_linears, input_of, replaced
+from ..models.pipeline import compiling_is_faster
 from ..store import load_npz
 from ..store.arrays import Expected
 from .reductions import CENTRED, Reduced, Sample, reduction, samples_of
@@ -64,27 +65,58 @@ def collect(model: MMDiT, inputs: Inputs, samples: int) -> list[dict[str, Sample
 
     `inputs` holds the samples' rows, then (under guidance) as many of their negatives.
     """
-    found: dict[str, Reduced] = {}
-    before: list[mx.array] = []
+    (found,) = Collector(model).collected([(inputs, samples)])
+    return found
 
-    def tap(path: str, linear: nn.Module) -> Tap:
-        def observe(x: mx.array) -> mx.array:
-            # The forward goes on beside the reductions, but only as far as the next ones: else all
-            # activations would be kept until then.
-            waited = mx.depends(x, before) if before else x
-            with mx.stream(lanes()[-1]):
-                found[path] = reduction(samples, is_post_gelu(path))(x)
-            before[:] = found[path]
-            return waited
 
-        return Tap(linear, observe)
+class Collector:
+    """`collect` for many batches: one computes while the one before is read."""
 
-    linears = block_linears(model)
-    distinct = {path: linears[path] for path in map(input_of, linears)}
-    with replaced(model, {path: tap(path, linear) for path, linear in distinct.items()}):
-        velocity = model(*inputs)
-    mx.eval(velocity, found)
-    return samples_of(found, samples)
+    def __init__(self, model: MMDiT) -> None:
+        self.model = model
+        self._forwards: dict[int, Callable[..., dict[str, Reduced]]] = {}
+
+    def collected(self, batches: Iterable[tuple[Inputs, int]]) -> Iterator[list[dict[str, Sample]]]:
+        """Of each (inputs, samples), in their order."""
+        computing: tuple[dict[str, Reduced], int] | None = None
+        for inputs, samples in batches:
+            if samples not in self._forwards:
+                self._forwards[samples] = reducing_forward(self.model, samples)
+            found = self._forwards[samples](*inputs)
+            mx.async_eval(found)
+            if computing is not None:
+                yield samples_of(*computing)
+            computing = found, samples
+        if computing is not None:
+            yield samples_of(*computing)
+
+
+def reducing_forward(model: MMDiT, samples: int) -> Callable[..., dict[str, Reduced]]:
+    """The forward as a function of its inputs to what is kept of each distinct linear's input."""
+
+    def forward(*inputs: mx.array) -> dict[str, Reduced]:
+        found: dict[str, Reduced] = {}
+        before: list[mx.array] = []
+
+        def tap(path: str, linear: nn.Module) -> Tap:
+            def observe(x: mx.array) -> mx.array:
+                # The forward goes on beside the reductions, but only as far as the next ones: else
+                # all activations would be kept until then.
+                waited = mx.depends(x, before) if before else x
+                with mx.stream(lanes()[-1]):
+                    found[path] = reduction(samples, is_post_gelu(path))(x)
+                before[:] = found[path]
+                return waited
+
+            return Tap(linear, observe)
+
+        linears = block_linears(model)
+        distinct = {path: linears[path] for path in map(input_of, linears)}
+        with replaced(model, {path: tap(path, linear) for path, linear in distinct.items()}):
+            model(*inputs)
+        return found
+
+    return mx.compile(forward) if compiling_is_faster() else forward
 
 
 def check_finite(sample: dict[str, Sample], where: str) -> None:
