@@ -9,7 +9,9 @@ from typing import Any
 import click
 
 from .cli import command, peak_memory_bytes
-from .models.load import MODELS
+from .cuda import launch_singly
+from .model_options import model_options
+from .models.load import MODELS, Model
 from .quant.block_rounding import METHODS
 from .quant.grid import GROUP_SIZES
 from .store import human_bytes
@@ -23,7 +25,7 @@ def adaround_optimize(
     cache_dir: str | Path = "calibration_data/adaround_cache",
     output_dir: str | Path = "adaround_output",
     *,
-    model: str | None = None,
+    model: Model | None = None,
     force: bool = False,
     **options: Any,
 ) -> Path:
@@ -31,6 +33,7 @@ def adaround_optimize(
 
     `options` are the fields of `weight_track.plan.Options`, named as on the command line.
     """
+    launch_singly()
     plan = make_plan(Path(cache_dir), Path(output_dir), model, Options(**options))
     round_all(plan, force)
     return plan.folder
@@ -39,7 +42,7 @@ def adaround_optimize(
 @command()
 @click.option("--cache-dir", default="calibration_data/adaround_cache", help="The block cache.")
 @click.option("--output-dir", default="adaround_output", help="Folder to fill.")
-@click.option("--model", help=f"{', '.join(MODELS)} or a folder.  [default: the cache's]")
+@model_options(help=f"{', '.join(MODELS)} or a folder.  [default: the cache's]")
 @click.option("--bits-w", default=DEFAULTS.bits_w, help="Bits of a weight, 2 to 8.")
 @click.option("--bits-a", default=DEFAULTS.bits_a, help="Bits of an activation, 2 to 8.")
 @click.option("--iters", default=DEFAULTS.iters, help="Iterations of learned rounding a block.")

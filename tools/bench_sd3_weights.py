@@ -15,6 +15,7 @@ import statistics
 import time
 from typing import Any
 
+from src.cuda import launch_singly
 from src.distributed import Ranks
 from src.models.configs import config_named
 from src.models.mmdit import MMDiT
@@ -27,7 +28,7 @@ from src.quant.rounding import RectifiedSigmoid
 from src.quant.standin import BlockData, StandInBlock
 from src.store import human_bytes
 from src.weight_track.blocks import run_block, stand_in_block
-from src.weight_track.plan import RATES, WEIGHT_COPIES, values_per_row
+from src.weight_track.plan import RATES, WEIGHT_COPIES, iterations_at_once, values_per_row
 
 import click
 import mlx.core as mx
@@ -52,6 +53,7 @@ OUTLIER_FACTOR = 20.0
 @click.option("--name", default="sd3_weights", show_default=True, help="Of the report.")
 def main(model: str, blocks: int, torch: bool, torch_iters: int, name: str, **options: Any) -> None:
     """Measure the rounding of a full-size model."""
+    launch_singly()
     ranks = Ranks.here()
     ranks.barrier()
     start = time.perf_counter()
@@ -136,7 +138,7 @@ def estimate(transformer: MMDiT, options: dict[str, Any]) -> int:
     weights = sum(s.weight.size for s in stand_in_block(transformer, 0).stand_ins.values())
     data = 2 * 2 * options["rows"] * tokens * config.hidden
     minibatch = options["batch_size"] * values_per_row(config, tokens)
-    return data + 4 * (WEIGHT_COPIES * weights + minibatch)
+    return data + 4 * iterations_at_once() * (WEIGHT_COPIES * weights + minibatch)
 
 
 def beside_torch(

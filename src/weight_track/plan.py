@@ -13,7 +13,7 @@ from ..calibration.trajectories import Trajectories
 from ..cli import memory_bytes
 from ..errors import UserError
 from ..models.configs import MMDiTConfig
-from ..models.load import load_pipeline
+from ..models.load import Model, chosen, load_pipeline
 from ..models.paths import BLOCKS, block_linears
 from ..models.pipeline import Pipeline, compiling_is_faster
 from ..quant.artifacts import BEFORE_REFINING, FINAL, QuantConfig
@@ -162,11 +162,11 @@ class Plan:
         return hashes
 
 
-def make_plan(cache_dir: Path, folder: Path, model: str | None, options: Options) -> Plan:
+def make_plan(cache_dir: Path, folder: Path, model: Model | None, options: Options) -> Plan:
     """Refuses what cannot be done, before anything is written."""
     options.check()
     cache = BlockCache.open(cache_dir)
-    pipeline = load_pipeline(model or cache.made_from["model"])
+    pipeline = load_pipeline(chosen(model, cache.made_from["model"]))
     cache = BlockCache.open(cache_dir, pipeline)
     depth = len(pipeline.transformer[BLOCKS])
     blocks = parse_blocks(options.blocks, depth)
@@ -273,6 +273,11 @@ def values_per_row(config: MMDiTConfig, tokens: int) -> int:
     return values
 
 
+def iterations_at_once() -> int:
+    """On a GPU the next iteration takes its memory while this one computes."""
+    return 2 if compiling_is_faster() else 1
+
+
 def memory_bytes_needed(plan: Plan) -> int:
     """At once, roughly: one block's data, its float32 copies and a minibatch's activations."""
     config, metadata = plan.pipeline.transformer.config, plan.cache.metadata
@@ -285,7 +290,8 @@ def memory_bytes_needed(plan: Plan) -> int:
     batch = min(plan.options.batch_size, rows)
     per_row = values_per_row(config, tokens)
     streams = 2 if plan.options.prefix == "quantized" or plan.cache.entry_only else 1
-    return streams * data + 4 * (WEIGHT_COPIES * weights + batch * per_row)
+    learning = WEIGHT_COPIES * weights + batch * per_row
+    return streams * data + 4 * iterations_at_once() * learning
 
 
 def refining_bytes_needed(plan: Plan, ranks: int) -> int:
