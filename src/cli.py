@@ -33,7 +33,9 @@ COMMANDS = {
     "collect-layer-activations": "collect_layer_activations",
     "analyze-activations": "analyze_activations",
     "load-adaround-model": "load_adaround_model",
+    "sample": "sample",
     "evaluate": "evaluate",
+    "benchmark": "benchmark",
     "convert-to-int8": "convert_to_int8",
 }
 

@@ -87,9 +87,17 @@ def test_arrows_point_one_way(path):
         "evaluation": {
             *("errors", "store", "sampling", "models", "metrics", "report", "inference"),
         },
+        "samples": {
+            *("cli", "distributed", "errors", "store", "sampling", "models", "report"),
+            *("quant", "inference", "evaluation"),
+        },
+        "benchmarking": {
+            *("cli", "errors", "store", "sampling", "models", "quant", "backends", "report"),
+            "inference",
+        },
         "inference": {
             *("cli", "errors", "store", "sampling", "models", "calibration", "quant"),
-            *("backends", "metrics", "report"),
+            *("backends", "conversion", "metrics", "report"),
         },
     }
     if own:

@@ -8,22 +8,21 @@ does not change the time. Everything is measured in turns, so that a busy machin
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
-from src.backends import BACKENDS, Device, named
-from src.models.load import default_dtype, load_pipeline
-from src.models.paths import block_linears
-from src.quant.artifacts import LayerConfig, QuantConfig, RoundedLayer
-from src.quant.grid import absmax_scale, nearest_codes
-from src.quant.inject import inject
+from src.backends import BACKENDS, named
+from src.benchmarking.kernels import available
+from src.benchmarking.subjects import Codes, open_subject, with_kernel
+from src.benchmarking.timing import in_turns as results_in_turns
+from src.benchmarking.timing import ratios, refusal_of, seconds_of, spread
+from src.models.load import default_dtype
+from src.models.pipeline import Pipeline, compiling_is_faster
+from src.quant.artifacts import LayerConfig
 from src.quant.linear import QuantizedLinear, Runtime
-from src.sampling import sd3_sigmas
 
 import click
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 
 from tools.bench_common import machine, write_report
 
@@ -45,71 +44,52 @@ def in_turns(calls: dict[str, Callable[[], mx.array]], rounds: int) -> dict[str,
     Left out is what this device has no kernel for.
     """
     calls = {name: call for name, call in calls.items() if runs(name, call)}
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            mx.eval(call())
-            seconds[name].append(time.perf_counter() - start)
-    first = np.array(next(iter(seconds.values())))
+    timed = {name: seconds_of(call) for name, call in calls.items()}
+    seconds = results_in_turns(timed, rounds)
+    first = next(iter(seconds.values()))
+    found = {name: (spread(values), ratios(values, first)) for name, values in seconds.items()}
     return {
-        name: {
-            "median": float(np.median(values)),
-            "least": min(values),
-            "ratio": float(np.median(np.array(values) / first)),
-        }
-        for name, values in seconds.items()
+        name: {"median": own["median"], "least": own["least"], "ratio": ratio["median"]}
+        for name, (own, ratio) in found.items()
     }
 
 
 def runs(name: str, call: Callable[[], mx.array]) -> bool:
-    try:
-        mx.eval(call())
-    except RuntimeError as error:
-        click.echo(f"{name} does not run here: {error}", err=True)
-        return False
-    return True
-
-
-def quantized_pipeline(model: str, a_scale: str, kernel: str | None):
-    """The model with W4A8 in all block linears."""
-    pipeline = load_pipeline(model)
-    layers = {}
-    for path, linear in block_linears(pipeline.transformer).items():
-        scale = absmax_scale(linear.weight, 4)
-        codes = np.array(nearest_codes(linear.weight, scale, 4))
-        layers[path] = RoundedLayer(codes, np.array(scale), np.ones(1, np.float32))
-    sigmas = [float(s) for s in sd3_sigmas(pipeline.defaults.num_steps)[:-1]]
-    grid = LayerConfig([8] * len(sigmas), [0.05] * len(sigmas))
-    config = QuantConfig({}, list(range(len(sigmas))), sigmas, dict.fromkeys(layers, grid))
-    backend = None if kernel is None else named(kernel)
-    inject(pipeline.transformer, layers, config=config, a_scale=a_scale, backend=backend)
-    return pipeline
+    reason = refusal_of(lambda: mx.eval(call()))
+    if reason is not None:
+        click.echo(f"{name} does not run here: {reason}", err=True)
+    return reason is None
 
 
 def steps(model: str, rounds: int) -> dict[str, dict[str, float]]:
     """One guided step of the model, one picture."""
-    pipelines = {"float": load_pipeline(model)}
-    pipelines |= {name: quantized_pipeline(model, *how) for name, how in VARIANTS.items()}
-    calls = {}
-    for name, pipeline in pipelines.items():
-        defaults = pipeline.defaults
-        velocity = pipeline.velocity(pipeline.condition([PROMPT], 4.0), defaults.cfg_weight)
-        shape = (1, *pipeline.latent_shape(defaults.height, defaults.width))
-        latent = mx.random.normal(shape, key=mx.random.key(0))
-        calls[name] = lambda v=velocity, x=latent: v(x, mx.array(0.5))
-    return in_turns(calls, rounds)
+    subject = open_subject(model, None, Codes(), None)
+    pipelines = {"float": subject.exact}
+    for name, (a_scale, kernel) in VARIANTS.items():
+        backend = None if kernel is None else named(kernel)
+        pipelines[name] = with_kernel(subject.quantized, backend, a_scale)[0]
+    return in_turns({name: step_of(pipeline) for name, pipeline in pipelines.items()}, rounds)
+
+
+def step_of(pipeline: Pipeline) -> Callable[[], mx.array]:
+    defaults = pipeline.defaults
+    velocity = pipeline.velocity(pipeline.condition([PROMPT], 4.0), defaults.cfg_weight)
+    shape = (1, *pipeline.latent_shape(defaults.height, defaults.width))
+    latent = mx.random.normal(shape, key=mx.random.key(0))
+    return lambda: velocity(latent, mx.array(0.5))
 
 
 def shapes(rounds: int, image_tokens: int) -> dict[str, dict[str, dict[str, float]]]:
     """Single layers of SD3-medium, by role and stream."""
-    table = {}
+    table, here = {}, available(())
+    for name, reason in here.left_out.items():
+        click.echo(f"{name} does not run here: {reason}", err=True)
     for role, (rows, columns) in SHAPES.items():
         linear = nn.Linear(columns, rows)
         linear.set_dtype(default_dtype())
         layers = {"float": linear}
-        for name, backend in BACKENDS.items():
-            runtime = Runtime(backend=backend)
+        for name in here.names:
+            runtime = Runtime(backend=BACKENDS[name])
             layers[name] = QuantizedLinear.from_linear(linear, grid=GRID, runtime=runtime)
         for stream, tokens in (("image", image_tokens), ("text", TEXT_TOKENS)):
             x = mx.random.normal((1, tokens, columns), key=mx.random.key(0))
@@ -121,8 +101,7 @@ def shapes(rounds: int, image_tokens: int) -> dict[str, dict[str, dict[str, floa
 
 def caller(layer: nn.Module, x: mx.array) -> Callable[[], mx.array]:
     """As the pipeline runs it: compiled but on the CPU."""
-    on_cpu = Device.here().kind == "cpu"
-    call = layer if on_cpu else mx.compile(layer, inputs=layer.state)
+    call = mx.compile(layer, inputs=layer.state) if compiling_is_faster() else layer
     return lambda: call(x)
 
 
