@@ -18,7 +18,7 @@ from .rounding import Layer, Rounding, annealed_power, start_between
 from .standin import BlockData, Power, StandInBlock, channel_power, stream_errors
 
 BETA_1, BETA_2, EPSILON = 0.9, 0.999, 1e-8
-CHECKS = 4  # times that the hard rounding is judged during a run
+CHECKED = (0.75, 1.0)  # shares of a run after which the hard rounding is judged
 CHECK_ROWS = 32
 
 Tree = dict[str, Any]
@@ -176,7 +176,7 @@ def train(run: Run, layers: dict[str, Layer], states: Tree, judge: Judge, best: 
     settings, rng = run.settings, np.random.default_rng(run.settings.seed)
     moments = {path: (mx.zeros_like(s), mx.zeros_like(s)) for path, s in states.items()}
     order = minibatches(len(run.data), settings.batch_size, settings.iters, rng)
-    checks = {round(settings.iters * (i + 1) / CHECKS) for i in range(CHECKS)}
+    checks = {round(settings.iters * share) for share in CHECKED}
     before = mx.array(0.0)
     for iteration, rows in enumerate(order):
         done = iteration / settings.iters

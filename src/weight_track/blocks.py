@@ -13,7 +13,6 @@ from mlx.utils import tree_map
 from ..calibration.block_cache import BlockCache
 from ..models.mmdit import JointBlock, MMDiT
 from ..models.paths import BLOCKS, block_linears, set_module
-from ..models.pipeline import compiling_is_faster
 from ..quant.artifacts import QuantConfig, RoundedLayer
 from ..quant.attention import attend
 from ..quant.block_rounding import RoundedBlock
@@ -31,8 +30,7 @@ def stand_in_block(
     original = transformer[BLOCKS][index]
     block = JointBlock(transformer.config, index)
     block.update(tree_map(lambda p: p.astype(mx.float32), original.parameters()))
-    if compiling_is_faster():
-        block.use_attention(attend)
+    block.use_attention(attend)
     stand_ins = {}
     for path, linear in block_paths(transformer, index).items():
         shift = smoothing = None
