@@ -11,13 +11,19 @@ from typing import Any
 import click
 
 from .backends import BACKENDS
-from .cli import command, peak_memory_bytes
+from .cli import Bar, command, peak_memory_bytes
 from .errors import UserError
 from .generate import output_paths
 from .inference.compare import Request
-from .inference.open import Settings, check_sigmas, open_artifacts
+from .inference.int8 import OFF, Int8, refuse_beside_codes
+from .inference.open import Quantized, Settings, check_sigmas, open_artifacts
+from .inference.options import int8_options
+from .inference.residual_options import AS_THE_TRACK_HAS_IT, Inputs, input_options
+from .inference.residuals import Options, Work, refuse
 from .inference.work import Loaded, Wanted, run_exact, run_quantized
-from .models.load import MODELS
+from .model_options import model_options
+from .models.load import MODELS, Model
+from .models.pipeline import Pipeline
 from .models.prompts import load_prompts
 from .quant.linear import A_SCALES
 from .store import human_bytes
@@ -32,14 +38,18 @@ def load_adaround_model(
     *,
     adaround_output: str | Path = "adaround_output",
     quant_config: str | Path | None = None,
-    model: str | None = None,
+    model: Model | None = None,
     seed: int = 0,
     num_steps: int | None = None,
     cfg_weight: float | None = None,
+    height: int | None = None,
+    width: int | None = None,
     kernel: str | None = None,
     a_scale: str = "static",
     weights_only: bool = False,
     modulation_bits: int = 16,
+    inputs: Inputs = AS_THE_TRACK_HAS_IT,
+    int8: Int8 = OFF,
     **wanted: Any,
 ) -> Loaded:
     """Draws prompt i with seed + i on the quantized model, which is given back with all files.
@@ -51,18 +61,37 @@ def load_adaround_model(
     if not prompts and work.only_saves:
         work = replace(work, images=[])
     work.check()
+    refuse_beside_codes(int8)
+    weights_only = weights_only or inputs.layers_take_floats
     settings = Settings(work.kernel(kernel), a_scale, weights_only, modulation_bits)
     artifacts = open_artifacts(model, adaround_output, config_path(quant_config), settings)
+    artifacts.pipeline.resize(height, width)
     if work.images and not prompts:
         prompts = load_prompts(f"{artifacts.pipeline.prompts}_evaluation")[:1]
     request = Request.of(artifacts.pipeline, prompts, seed, num_steps, cfg_weight)
     check_sigmas(artifacts, request.sigmas(artifacts.pipeline))
+    if inputs.options is not None:
+        refuse(artifacts.pipeline, inputs.options, work_of(artifacts.pipeline, request))
     for note in artifacts.notes:
         click.echo(f"note: {note}", err=True)
     exact = run_exact(artifacts, request, work)
     quantized = artifacts.inject(keep=work.measures)
     del artifacts  # and with it the codes as the files have them, a byte each
+    if inputs.options is not None:
+        quantized = quantize_inputs(quantized, inputs.options, request)
     return run_quantized(quantized, request, work, exact)
+
+
+def quantize_inputs(quantized: Quantized, options: Options, request: Request) -> Quantized:
+    """Wraps the layers."""
+    work = work_of(quantized.pipeline, request)
+    with Bar("scales", request.num_steps) as bar:
+        return quantized.quantize_inputs(options, work, click.echo, [bar])
+
+
+def work_of(pipeline: Pipeline, request: Request) -> Work:
+    """Pictures are drawn one by one."""
+    return Work.of(pipeline, request.num_steps, request.cfg_weight)
 
 
 def config_path(given: str | Path | None) -> Path | None:
@@ -97,10 +126,12 @@ def chosen_prompts(prompt: str | None, file: str | None) -> list[str]:
 @click.option(
     "--diff-stats", is_flag=True, help="Print how far the two are apart, at what cost.  [off]"
 )
-@click.option("--model", help=f"{', '.join(MODELS)} or a folder.  [default: the weights' own]")
+@model_options(help=f"{', '.join(MODELS)} or a folder.  [default: the weights' own]", encodes=True)
 @click.option("--seed", default=0, help="Of the first picture; the next ones count up.")
 @click.option("--num-steps", type=int, help="Sampling steps.  [default: the model's]")
 @click.option("--cfg-weight", type=float, help="Guidance; 0 turns it off.  [default: the model's]")
+@click.option("--height", type=int, help="In pixels.  [default: the model's]")
+@click.option("--width", type=int, help="In pixels.  [default: the model's]")
 @click.option("--kernel", help=f"{', '.join(BACKENDS)}.  [default: each layer's fastest]")
 @click.option("--a-scale", default="static", help=f"Activation scales: {' or '.join(A_SCALES)}.")
 @click.option("--weights-only", is_flag=True, help="Leave activations in 16 bits.  [off]")
@@ -111,6 +142,8 @@ def chosen_prompts(prompt: str | None, file: str | None) -> list[str]:
 @click.option("--save", help="Folder to write the quantized model to.  [default: none]")
 @click.option("--report", help="Folder to write report.html to.  [default: none]")
 @click.option("--force", is_flag=True, help="Replace the model that --save finds.  [off]")
+@input_options
+@int8_options
 def main(prompt: str | None, file: str | None, **settings: Any) -> None:
     """Draw pictures with the quantized model, and compare it with the 16-bit one.
 

@@ -14,6 +14,7 @@ from src.generate_calibration_data import generate_calibration_data
 from src.inference.compare import weight_bytes
 from src.inference.ladder import ladder
 from src.inference.open import Settings, open_artifacts, open_quantized
+from src.inference.residuals import Options, Work
 from src.load_adaround_model import load_adaround_model
 from src.metrics.fidelity import reference_trajectories, teacher_forced_sqnr
 from src.models.load import load_pipeline
@@ -423,3 +424,54 @@ def test_all_stages_end_in_a_comparison(tmp_path, monkeypatch):
         assert words in page, words
     generate(load_prompts("nano_evaluation")[:1], "again.png", model="model", num_steps=6)
     assert Path("again.png").read_bytes() == Path("quantized-0.png").read_bytes()
+
+
+def test_changes_are_quantized_and_the_model_is_saved_without(work):
+    """What is drawn, measured and reported is modulated; what is saved is the layers alone."""
+    options = ["--modulate", "--act-bit", "6", "--residual-scale", "token"]
+    result = succeed(work, *options, "--diff-stats", "--report", "report", "--save", "saved")
+    assert "modulation keeps" in result.stdout and "W4A6 modulated: wrote" in result.stdout
+    page = (work / "report" / "report.html").read_text()
+    assert "W4A6 modulated" in page and "largest value" in page
+    plain = succeed(work, "--weights-only", "--save", "plain", "--output-image", "plain.png")
+    assert plain.returncode == 0
+    saved, wanted = (
+        (work / name / "model.safetensors").read_bytes() for name in ("saved", "plain")
+    )
+    assert saved == wanted
+    assert (work / "quantized.png").read_bytes() != (work / "plain.png").read_bytes()
+
+
+def test_modulation_that_cannot_be_is_one_line(work):
+    for arguments, words in (
+        (["--modulate", "--act-bit", "1"], ["--act-bit must be 2 to 8"]),
+        (["--modulate", "auto"], ["needs --modulate-memory"]),
+        (["--modulate", "fc9"], ["matches none of 21 layers"]),
+        (["--residual-scale", "token"], ["is for --modulate or --act-bit"]),
+    ):
+        assert_one_error_line(stage(work, "--prompt", PROMPTS[0], *arguments), *words)
+    assert not (work / "quantized.png").exists()
+
+
+def test_a_quantized_model_can_be_switched_back_and_forth(work, pipeline):
+    """Weights, inputs and changes, each on or off; off altogether it is the 16-bit model."""
+    settings = Settings(weights_only=True)
+    opened = open_artifacts("tiny", work / "adaround_output", work / "config.json", settings)
+    wanted = pipeline.sample(PROMPTS[:1], [0], num_steps=2)
+    quantized = opened.inject(keep=True)
+    steps = Work.of(quantized.pipeline, 2, pipeline.defaults.cfg_weight)
+    quantized = quantized.quantize_inputs(Options("all", 8, "token"), steps, print)
+
+    def drawn(**state: bool) -> np.ndarray:
+        quantized.set_quant_state(**state)
+        return np.array(quantized.pipeline.sample(PROMPTS[:1], [0], num_steps=2))
+
+    found = [drawn(), drawn(modulate=False), drawn(activations=False), drawn(weights=False)]
+    assert all(
+        relative_error(one, other) > 1e-4 for one, other in zip(found, found[1:], strict=False)
+    )
+    assert relative_error(drawn(weights=False, activations=False), wanted) < 1e-4
+    with quantized.sixteen_bit() as exact:
+        again = exact.sample(PROMPTS[:1], [0], num_steps=2)
+    np.testing.assert_array_equal(np.array(again), np.array(wanted))
+    np.testing.assert_array_equal(drawn(), found[0])

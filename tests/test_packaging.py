@@ -87,7 +87,7 @@ def test_arrows_point_one_way(path):
         "evaluation": {
             *("errors", "store", "sampling", "models", "metrics", "report", "inference"),
         },
-        "samples": {
+        "mass_sampling": {
             *("cli", "distributed", "errors", "store", "sampling", "models", "report"),
             *("quant", "inference", "evaluation"),
         },

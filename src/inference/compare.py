@@ -198,9 +198,11 @@ def reference_of(
 def block_sqnr(quantized: Quantized, reference: Reference) -> dict[str, list[float]]:
     """dB of what leaves each block, by stream, mean over the reference's steps.
 
-    Both models run as wholes on the same latent: a block's error is that of all up to it.
+    Both models run as wholes on the same latent: a block's error is that of all up to it. A model
+    that modulates takes these steps for its whole schedule, so its changes are larger than usual.
     """
     tables: dict[str, list[list[float]]] = {"image": [], "text": []}
+    quantized.pipeline.transformer.reset_cache()
     for place in range(len(reference.sigmas)):
         with quantized.sixteen_bit() as pipeline:
             wanted = traced_blocks(pipeline, reference, place)
@@ -225,7 +227,9 @@ def seconds_a_step(quantized: Quantized, reference: Reference) -> dict[str, floa
     """Median over some rounds, in each of which both models run one after the other."""
     pipeline, latent = quantized.pipeline, reference.latents[0]
     level = mx.array(reference.sigmas[0], dtype=mx.float32)
-    velocities = [pipeline.velocity(reference.conditioning, reference.cfg_weight) for _ in range(2)]
+    with quantized.sixteen_bit():
+        velocities = [pipeline.velocity(reference.conditioning, reference.cfg_weight)]
+    velocities.append(pipeline.velocity(reference.conditioning, reference.cfg_weight))
 
     def run(which: int) -> float:
         start = time.perf_counter()
@@ -244,7 +248,8 @@ def seconds_a_step(quantized: Quantized, reference: Reference) -> dict[str, floa
 
 
 def memory_of_both(quantized: Quantized) -> dict[str, Footprint]:
-    own = weight_bytes(quantized.pipeline.transformer)
+    with quantized.without_wrappers() as pipeline:
+        own = weight_bytes(pipeline.transformer)
     with quantized.sixteen_bit() as pipeline:
         return {REFERENCE: weight_bytes(pipeline.transformer), quantized.name: own}
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +12,21 @@ import mlx.nn as nn
 
 from ..backends import named
 from ..errors import UserError
-from ..models.load import load_pipeline
+from ..models.load import Model, chosen, load_pipeline
 from ..models.mmdit import MMDiT
 from ..models.paths import BLOCKS, MODULATION, block_linears, input_of
 from ..models.pipeline import Pipeline
 from ..quant.artifacts import LayerConfig, QuantConfig
-from ..quant.inject import Checked, check_layers, linears_at, put_back, put_in
+from ..quant.inject import Checked, check_layers, linears_at, put_in
 from ..quant.linear import Runtime
 from ..quant.loading import HINT, RoundedModel, check_config, load_rounded, source_of
+from ..quant.modulated import Modulated, set_quant_state
 from ..quant.schedule import Schedule, Step
+from ..sampling import StepCallback
 from ..store import MANIFEST_NAME, hash_file, short_hash
 from .modulation import quantize_modulation
+from .residual_setup import Prepared, apply, prepare
+from .residuals import Options, Work, unwrap
 
 MODULATION_BITS = (8, 16)
 
@@ -116,10 +120,14 @@ class Quantized:
     sources: Sources
     notes: list[str]
     originals: Mapping[str, nn.Linear] = field(default_factory=dict, repr=False)
+    inputs: Prepared | None = None  # how wrappers quantize them, or their changes
 
     @property
     def name(self) -> str:
         """Such as W4A8."""
+        if self.inputs is not None:
+            changes = "" if self.inputs.options.modulate is None else " modulated"
+            return f"W{self.bits}A{self.inputs.options.act_bit}{changes}"
         return f"W{self.bits}{activations(self.config, self.settings.weights_only)}"
 
     @property
@@ -127,24 +135,59 @@ class Quantized:
         """Whether activations stay in 16 bits, for whatever reason."""
         return self.config is None or self.settings.weights_only
 
+    def quantize_inputs(
+        self,
+        options: Options,
+        work: Work,
+        say: Callable[[str], None],
+        callbacks: Sequence[StepCallback] = (),
+    ) -> Quantized:
+        """The same with wrappers that quantize the layers' inputs, or the changes of these; the
+        layers themselves have to leave them in floats."""
+        prepared = prepare(self.pipeline, options, work, self.step, say, callbacks)
+        apply(self.pipeline, prepared, self.step, self.originals)
+        return replace(self, inputs=prepared)
+
+    def set_quant_state(
+        self, *, weights: bool = True, activations: bool = True, modulate: bool = True
+    ) -> None:
+        """Switches each of the three on or off, where there are wrappers; weights only where the
+        16-bit layers were kept."""
+        set_quant_state(
+            self.pipeline.transformer, weights=weights, activations=activations, modulate=modulate
+        )
+
     @contextmanager
     def sixteen_bit(self) -> Iterator[Pipeline]:
         """The 16-bit model while the context lasts; only where its layers were kept."""
-        model = self.pipeline.transformer
         if not self.originals:
             raise ValueError("the 16-bit layers were not kept")
-        layers = dict(model.named_modules())
-        quantized = {path: layers[path] for path in self.originals}
-        put_back(model, self.originals)
-        try:
+        with self.instead(self.originals, None):
             yield self.pipeline
+
+    @contextmanager
+    def without_wrappers(self) -> Iterator[Pipeline]:
+        """The layers alone while the context lasts, their inputs in floats."""
+        modules = self.pipeline.transformer.named_modules()
+        inner = {path: m.layer for path, m in modules if isinstance(m, Modulated)}
+        with self.instead(inner, self.step) if inner else nullcontext():
+            yield self.pipeline
+
+    @contextmanager
+    def instead(self, layers: Mapping[str, nn.Module], step: Step | None) -> Iterator[None]:
+        """Other layers in the place of those of the same paths while the context lasts."""
+        model = self.pipeline.transformer
+        modules, memory, level = dict(model.named_modules()), model.memory, model.level
+        unwrap(model, layers, step)
+        try:
+            yield
         finally:
-            put_back(model, quantized)
-            model.follow(self.step)
+            unwrap(model, {path: modules[path] for path in layers}, level)
+            model.memory = memory
 
 
 def open_quantized(
-    model: str | Pipeline | None,
+    model: Model | Pipeline | None,
     adaround_output: str | Path,
     quant_config: str | Path | None = None,
     *,
@@ -165,7 +208,7 @@ def open_quantized(
 
 
 def open_artifacts(
-    model: str | Pipeline | None,
+    model: Model | Pipeline | None,
     adaround_output: str | Path,
     quant_config: str | Path | None,
     settings: Settings,
@@ -174,7 +217,7 @@ def open_artifacts(
     folder = Path(adaround_output)
     source = source_of(folder)["model"]
     config = None if quant_config is None else QuantConfig.load(quant_config)
-    pipeline = load_pipeline(model or source) if not isinstance(model, Pipeline) else model
+    pipeline = model if isinstance(model, Pipeline) else load_pipeline(chosen(model, source))
     blocks = len(pipeline.transformer[BLOCKS])
     rounded = load_rounded(folder, pipeline.name, pipeline.hash, blocks)
     require_all_layers(folder, pipeline.transformer, rounded)
@@ -194,7 +237,9 @@ def open_artifacts(
         config=config,
         folded=known is not None,
     )
-    notes = [*checked.notes, *origin_notes(known, given)]
+    # That inputs stay in floats without a config is no news to who has asked for it.
+    asked = config is None and settings.weights_only
+    notes = [*([] if asked else checked.notes), *origin_notes(known, given)]
     sources = Sources(folder, None if config is None else Path(quant_config), hashes)
     return Artifacts(pipeline, rounded, config, settings, checked, sources, notes)
 

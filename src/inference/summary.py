@@ -21,6 +21,12 @@ from .open import Quantized, distinct_inputs
 COLUMNS = ("median", "worst", "mean", "95 % interval of the mean")
 FIGURES = {"PSNR": "psnr", "SSIM": "ssim", "latent SQNR": "latent"}
 ROW = 10  # steps or blocks on a printed line
+HELD = {
+    "static": "a table over the steps",
+    "tensor": "each picture's largest value",
+    "token": "each token's largest value",
+    "channel": "each channel's largest value in a picture",
+}
 
 
 def figure(name: str, value: float) -> str:
@@ -147,14 +153,13 @@ def slowdown(measured: Measured) -> float:
 
 def settings_of(quantized: Quantized, request: Request) -> dict[str, str]:
     """What was run, in reading order."""
-    settings, pipeline = quantized.settings, quantized.pipeline
-    held = {"static": "a table over the steps", "token": "each token's largest value"}
+    pipeline = quantized.pipeline
     hashes = quantized.sources.hashes
     return {
         "model": f"{pipeline.name} ({short_hash(hashes['model_hash'])})",
         **quantized.sources.described(),
         "runs as": quantized.name,
-        "activation scales": "none" if quantized.weights_only else held[settings.a_scale],
+        "activation scales": scales_of(quantized),
         "kernel": ", ".join(kernels(quantized)),
         "rounded with": quantized.method,
         "16-bit model in": str(pipeline.dtype).removeprefix("mlx.core."),
@@ -166,10 +171,18 @@ def settings_of(quantized: Quantized, request: Request) -> dict[str, str]:
     }
 
 
+def scales_of(quantized: Quantized) -> str:
+    """Where those of the activations come from."""
+    if quantized.inputs is not None:
+        return HELD[quantized.inputs.options.residual_scale]
+    return "none" if quantized.weights_only else HELD[quantized.settings.a_scale]
+
+
 def kernels(quantized: Quantized) -> list[str]:
     """Names of the backends in use."""
-    layers = dict(quantized.pipeline.transformer.named_modules())
-    return sorted({layers[path].kernel for path in quantized.paths})
+    with quantized.without_wrappers() as pipeline:
+        layers = dict(pipeline.transformer.named_modules())
+        return sorted({layers[path].kernel for path in quantized.paths})
 
 
 def tier_map(quantized: Quantized) -> TierMap | None:

@@ -160,10 +160,7 @@ def write_pictures(
 
 def save(quantized: Quantized, folder: Path, force: bool) -> Path:
     settings = {"weights": f"{quantized.bits} bits, {quantized.method}", "runs as": quantized.name}
-    return save_model(
-        quantized.pipeline,
-        folder,
-        made_from=quantized.sources.hashes,
-        settings=settings,
-        force=force,
-    )
+    with quantized.without_wrappers() as pipeline:
+        return save_model(
+            pipeline, folder, made_from=quantized.sources.hashes, settings=settings, force=force
+        )

@@ -72,6 +72,8 @@ def reference_trajectories(
 def teacher_forced_sqnr(model: MMDiT | Velocity, reference: Reference) -> np.ndarray:
     """(steps, captions) dB of the model's guided velocity against the reference's."""
     table = []
+    if isinstance(model, MMDiT):
+        model.reset_cache()
     for sigma, latent, wanted in zip(
         reference.sigmas, reference.latents, reference.velocities, strict=True
     ):

@@ -148,21 +148,24 @@ class QuantizedLinear(nn.Module):
 
     def prepare(self, runtime: Runtime, dtype: mx.Dtype) -> None:
         """Chooses the backend and derives what is kept beside the parameters."""
-        packed = Weight(self.weight, self.scales, self.bits)
         device, quantizes = Device.here(), "a_scale" in self and not runtime.weights_only
-        shape = (len(self.weight), packed.columns)
+        shape = (len(self.weight), Weight(self.weight, self.scales, self.bits).columns)
         self._runtime = runtime
         self._backend = runtime.backend or select(device, runtime.rows, *shape)
         self._quantizes, self._per_token = quantizes, runtime.a_scale == "token"
         # On the CPU 16-bit products are slow.
         self._dtype = mx.float32 if device.kind == "cpu" else dtype
-        largest = self.largest_code() if quantizes else None
-        self._operand = self._backend.prepare(packed, self._dtype, largest)
+        self.expect(self.largest_code() if quantizes else None)
         if "a_scale" in self:
             self._step = runtime.step or Step(Schedule((1.0,)))
             self.check_steps()
             table = spread_table(np.array(self.a_scale).tolist(), self.a_bits.tolist())
             self._number = self._step.add(table)
+
+    def expect(self, largest: int | None) -> None:
+        """Prepares `multiply` for codes of up to `largest`, or for floats (None)."""
+        packed = Weight(self.weight, self.scales, self.bits)
+        self._operand = self._backend.prepare(packed, self._dtype, largest)
 
     @property
     def kernel(self) -> str:
@@ -241,14 +244,25 @@ class QuantizedLinear(nn.Module):
         codes = centred
         if self._quantizes:
             codes, factor = self.quantized(centred)
-        y = self._backend.multiply(codes, factor, self._operand)
+        y = self.multiply(codes, factor)
         if "low_rank_up" in self:
-            thin = centred.astype(x.dtype) @ self.low_rank_down.T.astype(x.dtype)
-            y = y + (thin @ self.low_rank_up.T.astype(x.dtype)).astype(mx.float32)
+            y = y + self.low_rank(centred, x.dtype)
         if "bias" in self:
-            bias = self.bias[0] if len(self.bias) == 1 else self._step.vector(self.bias, x.ndim)
-            y = y + bias
+            y = y + self.bias_here(x.ndim)
         return y.astype(x.dtype)
+
+    def multiply(self, codes: mx.array, factor: mx.array | None) -> mx.array:
+        """factor·Σ s·c·codes in float32: nothing is added. Without a factor the input is floats."""
+        return self._backend.multiply(codes, factor, self._operand)
+
+    def low_rank(self, centred: mx.array, dtype: mx.Dtype) -> mx.array:
+        """The branch's product, which takes its input in floats; float32."""
+        thin = centred.astype(dtype) @ self.low_rank_down.T.astype(dtype)
+        return (thin @ self.low_rank_up.T.astype(dtype)).astype(mx.float32)
+
+    def bias_here(self, ndim: int) -> mx.array:
+        """b_t for an input of that many dimensions."""
+        return self.bias[0] if len(self.bias) == 1 else self._step.vector(self.bias, ndim)
 
     def centred(self, x: mx.array) -> mx.array:
         """(x − z_t) / m, in float32 where there is anything to do."""

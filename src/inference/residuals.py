@@ -1,0 +1,277 @@
+"""Modulation of a whole model: which layers, at what cost in memory, on which scales."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_unflatten
+
+from ..errors import UserError
+from ..models.mmdit import MMDiT, NoiseLevel
+from ..models.paths import BLOCKS, MODULATION
+from ..models.pipeline import Pipeline
+from ..quant.grid import check_bits
+from ..quant.linear import QuantizedLinear
+from ..quant.modulated import Memory, Modulated, modulated
+from ..quant.residual_scales import (
+    ANCHOR_BITS,
+    STATIC,
+    Dynamic,
+    OwnGrid,
+    Quantizer,
+    Static,
+    check_kind,
+)
+from ..quant.schedule import Step
+from ..store import human_bytes
+
+ALL, AUTO = "all", "auto"
+SCALE_PICTURES = 8
+FLOAT_BYTES = 4  # of a value of â or ô
+STREAMS = ("image_transformer_block", "text_transformer_block")
+
+
+@dataclass(frozen=True)
+class Options:
+    """How inputs are quantized, named as on the command line."""
+
+    modulate: str | None = None  # all, auto, or a part of layers' paths; none: no layer
+    act_bit: int = 8
+    residual_scale: str = STATIC
+    modulate_memory: float | None = None  # GB; none: as much as it takes
+    scale_pictures: int = SCALE_PICTURES  # on which static scales are measured
+
+    def __post_init__(self) -> None:
+        check_bits(self.act_bit, "--act-bit")
+        check_kind(self.residual_scale, "--residual-scale")
+        if self.modulate == "":
+            raise UserError("--modulate is empty; valid: all, auto, or a part of layers' paths")
+        if self.modulate_memory is not None and not self.modulate_memory > 0:
+            raise UserError(f"--modulate-memory must be above 0 GB, got {self.modulate_memory}")
+        if self.modulate == AUTO and self.modulate_memory is None:
+            raise UserError("--modulate auto needs --modulate-memory, the GB that it may take")
+        if self.scale_pictures < 1:
+            raise UserError(f"--scale-pictures must be at least 1, got {self.scale_pictures}")
+
+
+@dataclass(frozen=True)
+class Work:
+    """What will be drawn: scales are measured at its steps, memory is that of its batches."""
+
+    num_steps: int
+    cfg_weight: float
+    height: int
+    width: int
+    batch_size: int = 1
+
+    @classmethod
+    def of(cls, pipeline: Pipeline, num_steps: int, cfg_weight: float, batch_size: int = 1) -> Work:
+        defaults = pipeline.defaults
+        return cls(num_steps, cfg_weight, defaults.height, defaults.width, batch_size)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which layers are modulated, and the bytes that all layers would keep."""
+
+    layers: list[str]
+    nbytes: Mapping[str, int]  # by path
+    gains: Mapping[str, float] = field(default_factory=dict)  # relative error removed, with auto
+
+    @property
+    def taken(self) -> int:
+        return sum(self.nbytes[path] for path in self.layers)
+
+    def described(self, batch_size: int) -> str:
+        return (
+            f"modulation keeps {human_bytes(self.taken)} for {len(self.layers)} of "
+            f"{len(self.nbytes)} layers and {batch_size} pictures at once; all layers would keep "
+            f"{human_bytes(sum(self.nbytes.values()))}"
+        )
+
+
+class Levels:
+    """Several that have to hear of the noise level."""
+
+    def __init__(self, levels: Sequence[NoiseLevel]) -> None:
+        self._levels = list(levels)
+
+    def set_sigma(self, sigma: mx.array | float) -> None:
+        for level in self._levels:
+            level.set_sigma(sigma)
+
+    @contextmanager
+    def at(self, sigma: mx.array | float) -> Iterator[None]:
+        with ExitStack() as stack:
+            for level in self._levels:
+                stack.enter_context(level.at(sigma))
+            yield
+
+
+def layers_of(model: MMDiT) -> dict[str, nn.Module]:
+    """All that can be modulated, by path: the blocks' linears, quantized or not, but for the
+    modulation that the text and the noise level are the only inputs of."""
+    kinds = (nn.Linear, nn.QuantizedLinear, QuantizedLinear, Modulated)
+    found = {}
+    for index, block in enumerate(model[BLOCKS]):
+        for path, module in sorted(block.named_modules(), key=lambda item: item[0]):
+            if isinstance(module, kinds) and MODULATION not in path:
+                found[f"{BLOCKS}.{index}.{path}"] = module
+    inner = {f"{path}.layer" for path, module in found.items() if isinstance(module, Modulated)}
+    return {path: module for path, module in found.items() if path not in inner}
+
+
+def cache_bytes(pipeline: Pipeline, work: Work) -> dict[str, int]:
+    """By path, what a layer would keep from step to step."""
+    model = pipeline.transformer
+    height, width, _ = pipeline.latent_shape(work.height, work.width)
+    conditioning = pipeline.condition([""], work.cfg_weight)
+    tokens = dict(
+        zip(
+            STREAMS,
+            (height * width // model.config.patch**2, conditioning.text.shape[1]),
+            strict=True,
+        )
+    )
+    rows = work.batch_size * len(conditioning.text)
+    return {
+        path: FLOAT_BYTES * rows * tokens[path.split(".")[2]] * sum(shape_of(layer))
+        for path, layer in layers_of(model).items()
+    }
+
+
+def shape_of(layer: nn.Module) -> tuple[int, int]:
+    """Outputs and inputs of a linear."""
+    rows, columns = layer.weight.shape
+    return rows, columns * 32 // layer.bits if "scales" in layer else columns
+
+
+def matching(paths: Sequence[str], pattern: str) -> list[str]:
+    """The paths of which the pattern, with * and ?, describes a part."""
+    found = [path for path in paths if fnmatchcase(path, f"*{pattern}*")]
+    if not found:
+        raise UserError(
+            f"--modulate {pattern!r} matches none of {len(paths)} layers; valid: {ALL}, {AUTO}, or "
+            f"a part of such a path, with * and ?: {paths[0]}"
+        )
+    return found
+
+
+def choose(
+    pipeline: Pipeline,
+    options: Options,
+    work: Work,
+    gains: Callable[[], Mapping[str, float]],
+) -> Choice:
+    """The layers that the options mean. With auto, those with the largest gain for a byte; else
+    what does not fit into the memory is an error."""
+    nbytes, budget = cache_bytes(pipeline, work), options.modulate_memory
+    if options.modulate is None:
+        return Choice([], nbytes)
+    if options.modulate == AUTO:
+        found = gains()
+        return Choice(within(budget * 1e9, found, nbytes), nbytes, found)
+    paths = list(nbytes)
+    choice = Choice(paths if options.modulate == ALL else matching(paths, options.modulate), nbytes)
+    if budget is not None and choice.taken > budget * 1e9:
+        raise UserError(
+            f"{choice.described(work.batch_size)}; that is more than --modulate-memory {budget} "
+            f"GB; draw fewer pictures at once, or use --modulate {AUTO}"
+        )
+    return choice
+
+
+def refuse(pipeline: Pipeline, options: Options, work: Work) -> None:
+    """Raises for layers that are not there, or that keep too much, before any work."""
+    if options.modulate != AUTO:
+        choose(pipeline, options, work, dict)
+
+
+def within(budget: float, gains: Mapping[str, float], nbytes: Mapping[str, int]) -> list[str]:
+    """Layers by gain a byte as long as they fit, in the order of the model."""
+    if not any(gain > 0 for gain in gains.values()):
+        raise UserError("modulation removes no error in any layer; leave out --modulate")
+    left, taken = budget, set()
+    for path in sorted(gains, key=lambda path: gains[path] / nbytes[path], reverse=True):
+        if gains[path] > 0 and nbytes[path] <= left:
+            left -= nbytes[path]
+            taken.add(path)
+    if not taken:
+        smallest = min(nbytes.values())
+        raise UserError(
+            f"no layer fits into --modulate-memory {budget / 1e9:g} GB; the smallest keeps "
+            f"{human_bytes(smallest)}"
+        )
+    return [path for path in nbytes if path in taken]
+
+
+Quantizers = Mapping[str, tuple[Quantizer | None, Quantizer | None]]
+
+
+@contextmanager
+def wrapped(
+    model: MMDiT, quantizers: Quantizers, level: NoiseLevel | None
+) -> Iterator[dict[str, Modulated]]:
+    """Wrappers around layers while the context lasts: by path, what quantizes changes and what
+    quantizes values. `level` is what the model follows without them."""
+    originals = layers_of(model)
+    try:
+        yield wrap(model, quantizers)
+    finally:
+        unwrap(model, originals, level)
+
+
+def wrap(
+    model: MMDiT, quantizers: Quantizers, exact: Mapping[str, nn.Module] | None = None
+) -> dict[str, Modulated]:
+    """The same for good; `exact` are layers in 16 bits that may stand in for the quantized ones."""
+    memory, layers, exact = Memory(), layers_of(model), exact or {}
+    wrappers = {
+        path: modulated(
+            layers[path], residuals, values=values, memory=memory, key=path, exact=exact.get(path)
+        )
+        for path, (residuals, values) in quantizers.items()
+    }
+    model.update_modules(tree_unflatten(list(wrappers.items())))
+    model.memory = memory
+    return wrappers
+
+
+def unwrap(model: MMDiT, layers: Mapping[str, nn.Module], level: NoiseLevel | None) -> None:
+    """Puts layers in the place of all wrappers."""
+    model.update_modules(tree_unflatten(list(layers.items())))
+    model.memory = None
+    model.follow(level)
+
+
+def quantizers_of(
+    options: Options,
+    layers: Mapping[str, nn.Module],
+    chosen: Sequence[str],
+    scales: Mapping[str, list[float]] | None,
+    own: Step | None,
+) -> dict[str, tuple[Quantizer | None, Quantizer | None]]:
+    """By path, for changes and for values. Static scales belong to the steps of `own`; a layer that
+    is modulated on them quantizes values by its own grid, where it has one."""
+    bits, kind = options.act_bit, options.residual_scale
+    found = {}
+    for path, layer in layers.items():
+        if kind != STATIC:
+            residuals, values = (Dynamic(bits, kind, b) for b in (ANCHOR_BITS, bits))
+            found[path] = (residuals if path in chosen else None, values)
+        elif path in chosen:
+            tiers = [ANCHOR_BITS, *[bits] * (len(scales[path]) - 1)]
+            found[path] = (Static(own, tiers, scales[path]), own_grid(layer))
+        else:
+            found[path] = (None, Static(own, [bits] * len(scales[path]), scales[path]))
+    return found
+
+
+def own_grid(layer: nn.Module) -> OwnGrid | None:
+    has_grid = isinstance(layer, QuantizedLinear) and layer.grid is not None
+    return OwnGrid(layer) if has_grid else None

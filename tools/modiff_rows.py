@@ -1,0 +1,198 @@
+"""The rows of MoDiff's benchmark, how they are shown, and what was to be reached."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from src.errors import UserError
+
+EXACT, OTHER = "full precision", "full precision, other noise"
+PICTURE_SEED, OTHER_SEED = 100_000, 900_000
+SIXTEEN, STATIC, DYNAMIC = 16, "static", "tensor"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way of running nano."""
+
+    weight_bit: int = SIXTEEN
+    act_bit: int = SIXTEEN
+    modulate: str | None = None
+    scale: str = STATIC
+    seed: int = PICTURE_SEED
+
+    @property
+    def name(self) -> str:
+        if (self.weight_bit, self.act_bit) == (SIXTEEN, SIXTEEN):
+            return EXACT if self.seed == PICTURE_SEED else OTHER
+        name = f"W{self.weight_bit}A{self.act_bit}"
+        if self.act_bit == SIXTEEN:
+            return name
+        how = {None: "plain", "all": "MoDiff", "auto": "MoDiff auto, a quarter"}[self.modulate]
+        return f"{name} {how} {'static' if self.scale == STATIC else 'dynamic'}"
+
+    @property
+    def folder(self) -> str:
+        return self.name.replace(",", "").replace(" ", "_")
+
+    @property
+    def own_floats(self) -> str:
+        """The row of the same weights, with inputs in floats."""
+        return Row(self.weight_bit).name
+
+
+def all_rows() -> list[Row]:
+    """The table's, in its order."""
+    rows = [Row(), Row(seed=OTHER_SEED)]
+    for weight, bits in ((8, (8, 6, 4, 3)), (4, (8, 4)), (SIXTEEN, (8, 6, 4, 3))):
+        rows += [Row(weight)] if weight != SIXTEEN else []
+        scales = (STATIC, DYNAMIC) if weight != SIXTEEN else (DYNAMIC,)
+        rows += [
+            Row(weight, act, how, scale)
+            for act in bits
+            for scale in scales
+            for how in (None, "all")
+        ]
+    return [*rows, Row(8, 8, "auto", DYNAMIC), Row(8, 4, "auto", DYNAMIC)]
+
+
+def chosen_rows(patterns: str | None) -> list[Row]:
+    """Rows of which any of the patterns, separated by semicolons, describes a part."""
+    rows = all_rows()
+    if patterns is None:
+        return rows
+    wanted = [pattern.strip() for pattern in patterns.split(";")]
+    found = [r for r in rows if any(fnmatchcase(r.name, f"*{pattern}*") for pattern in wanted)]
+    if not found:
+        names = "; ".join(row.name for row in rows)
+        raise UserError(f"--rows {patterns!r} matches none of: {names}")
+    return found
+
+
+HEAD = [
+    "| | latent, dB: mean (interval) | median | worst | to its own weights in floats, dB | FID | "
+    "sFID | Inception Score | to full precision |",
+    "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+]
+
+
+def line(name: str, row: dict[str, Any]) -> str:
+    latent, own = row["latent"], row["latent_own_weights"]
+    cells = [name, "", "", "", "" if own is None else f"{own['mean']:.1f}"]
+    if latent is not None:
+        low, high = latent["interval"]
+        cells[1] = f"{latent['mean']:.1f} ({low:.1f} to {high:.1f})"
+        cells[2], cells[3] = f"{latent['median']:.1f}", f"{latent['worst']:.1f}"
+    for key in ("fid", "sfid"):
+        cells.append(f"{row[key]:.4f}" if key in row else "")
+    score = row.get("inception_score")
+    cells.append("" if score is None else "{:.2f} ± {:.2f}".format(*score))
+    cells.append(f"{row['to_full_precision']:.4f}" if "to_full_precision" in row else "")
+    return f"| {' | '.join(cells)} |"
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What the issue asked for: a figure of one row against that of another."""
+
+    text: str
+    key: str  # latent: mean dB, more is better; or a distance, less is better
+    row: str
+    other: str
+    offset: float = 0.0
+    factor: float = 1.0
+
+    def judged(self, rows: dict[str, dict[str, Any]]) -> str | None:
+        """One line, where both rows are there."""
+        found = [figure_of(rows.get(name), self.key) for name in (self.row, self.other)]
+        if None in found:
+            return None
+        got, bound = found[0], found[1] * self.factor + self.offset
+        met = got >= bound if self.key.startswith("latent") else got <= bound
+        verdict = "reached" if met else "not reached"
+        return f"- {self.text}: {got:.4g}, bound {bound:.4g}: {verdict}"
+
+
+def figure_of(row: dict[str, Any] | None, key: str) -> float | None:
+    value = None if row is None else row.get(key)
+    return value["mean"] if isinstance(value, dict) else value
+
+
+def goals() -> list[Goal]:
+    found = []
+    for weight in (8, 4, SIXTEEN):
+        for scale in ("static", "dynamic"):
+
+            def of(bits: int, how: str, weight: int = weight, scale: str = scale) -> str:
+                return f"W{weight}A{bits} {how} {scale}"
+
+            own = "latent_own_weights"
+            text = f"W{weight}, {scale}"
+            found += [
+                Goal(
+                    f"{text}: A8 modulated at least plain A8 + 18 dB",
+                    own,
+                    of(8, "MoDiff"),
+                    of(8, "plain"),
+                    18.0,
+                ),
+                Goal(
+                    f"{text}: A4 modulated at least plain A8 - 0.5 dB",
+                    own,
+                    of(4, "MoDiff"),
+                    of(8, "plain"),
+                    -0.5,
+                ),
+                Goal(
+                    f"{text}: A6 modulated's FID no more than plain A8's",
+                    "fid",
+                    of(6, "MoDiff"),
+                    of(8, "plain"),
+                ),
+                Goal(
+                    f"{text}: A8 modulated's FID within 3 % of 16-bit inputs'",
+                    "fid",
+                    of(8, "MoDiff"),
+                    Row(weight).name,
+                    0.0,
+                    1.03,
+                ),
+                Goal(
+                    f"{text}: A4 modulated 5 times nearer to full precision than plain",
+                    "to_full_precision",
+                    of(4, "MoDiff"),
+                    of(4, "plain"),
+                    0.0,
+                    0.2,
+                ),
+            ]
+    for scale in ("static", "dynamic"):
+        found.append(
+            Goal(
+                f"W4A8 modulated within 0.3 dB of W4A16, {scale}",
+                "latent",
+                f"W4A8 MoDiff {scale}",
+                "W4A16",
+                -0.3,
+            )
+        )
+    return found
+
+
+def auto_line(rows: dict[str, dict[str, Any]], bits: int) -> str | None:
+    """How much of the gain a quarter of the cache keeps."""
+    names = [f"W8A{bits} {how} dynamic" for how in ("plain", "MoDiff auto, a quarter", "MoDiff")]
+    values = [figure_of(rows.get(name), "latent_own_weights") for name in names]
+    if None in values:
+        return None
+    plain, part, whole = values
+    kept = (part - plain) / (whole - plain)
+    errors = [10 ** (-value / 10) for value in values]
+    removed = (errors[0] - errors[1]) / (errors[0] - errors[2])
+    verdict = "reached" if kept >= 0.8 else "not reached"
+    return (
+        f"- W8A{bits}, auto on a quarter of the cache: keeps {100 * kept:.0f} % of the gain in dB, "
+        f"bound 80 %: {verdict}; removes {100 * removed:.0f} % of the error that all layers remove"
+    )
