@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,11 @@ from .evaluation.report import check_target, figures_of, headline, write_all
 from .evaluation.sources import DTYPES, Drawing, Folder, Order, is_model, is_statistics, open_folder
 from .evaluation.statistics import SPLITS, Known, load_statistics
 from .evaluation.work import Settings, prepare, run
+from .inference.int8 import OFF, Int8, sixteen_bit_self
+from .inference.options import int8_options
 from .inference.saved import is_saved
-from .models.load import MODELS
+from .model_options import model_options
+from .models.load import MODELS, SD3, Model, ModelChoice
 from .store import hash_file, human_bytes
 
 PICTURES = "a folder of pictures"
@@ -28,7 +32,7 @@ def evaluate(
     pictures: str | Path | None = None,
     output: str | Path = "evaluation",
     *,
-    model: str | None = None,
+    model: Model | None = None,
     against: str | Path | None = None,
     inception: str | Path | None = None,
     seed: int = 0,
@@ -50,7 +54,7 @@ def evaluate(
     check_target(Path(output), statistics, force)
     eyes = network(inception)
     found = open_found(pictures, model, drawn, seed)
-    name = own_reference(found) if against is None else str(against)
+    name = own_reference(found, drawn.int8) if against is None else str(against)
     reference_seed = seed if against_seed is None else against_seed
     other = None if name is None else open_against(name, eyes, drawn, found, reference_seed)
     evaluation = prepare(found, other, eyes, settings, statistics is not None)
@@ -65,7 +69,7 @@ def evaluate(
 
 
 def open_found(
-    pictures: str | Path | None, model: str | None, order: Order, seed: int
+    pictures: str | Path | None, model: Model | None, order: Order, seed: int
 ) -> Folder | Drawing:
     """What is to be judged."""
     if (pictures is None) == (model is None):
@@ -73,10 +77,10 @@ def open_found(
     return open_folder(Path(pictures)) if model is None else order.open(model, seed)
 
 
-def own_reference(found: Folder | Drawing) -> str | None:
-    """The 16-bit model that a saved quantized one was made from, if its name is known."""
+def own_reference(found: Folder | Drawing, int8: Int8 = OFF) -> str | None:
+    """The 16-bit model that a quantized one was made from, if its name is known."""
     if isinstance(found, Folder) or not is_saved(found.model):
-        return None
+        return None if isinstance(found, Folder) else sixteen_bit_self(found.model, int8)
     if found.pipeline.name not in MODELS:
         raise UserError(
             f"{found.model} was made from {found.pipeline.name}, which is none of "
@@ -99,7 +103,17 @@ def open_against(
         steps, weight = found.num_steps, found.cfg_weight
     elif order.num_images is not None:
         count = order.num_images
-    return Order(order.prompts, count, steps, weight).open(name, seed)
+    other = Order(order.prompts, count, steps, weight).open(beside(name, found), seed)
+    if isinstance(found, Drawing):
+        other.pipeline.resize(*found.size)
+    return other
+
+
+def beside(name: str, found: Folder | Drawing) -> Model:
+    """A Stable Diffusion 3 is read from the checkpoint of the model that it is compared with."""
+    if isinstance(found, Drawing) and isinstance(found.model, ModelChoice) and name in SD3:
+        return replace(found.model, name=name)
+    return name
 
 
 def described(other: Folder | Drawing | Known, name: str) -> dict[str, Any]:
@@ -111,10 +125,10 @@ def described(other: Folder | Drawing | Known, name: str) -> dict[str, Any]:
 
 @command()
 @click.option("--pictures", help=f"What to judge: {PICTURES}.  [none]")
-@click.option("--model", help=f"Or {MODEL}, which draws them.  [none]")
+@model_options(help=f"Or {MODEL}, which draws them.  [none]", encodes=True)
 @click.option(
     "--against",
-    help="A folder, an .npz of statistics, or a model.  [a saved model's own 16-bit self, or none]",
+    help="A folder, an .npz of statistics, or a model.  [a quantized model's 16-bit self, or none]",
 )
 @click.option("--output", default="evaluation", help="Folder to write JSON, Markdown and plots to.")
 @click.option("--inception", help="Weights of an Inception-v3.  [nano's scorer instead]")
@@ -124,7 +138,7 @@ def described(other: Folder | Drawing | Known, name: str) -> dict[str, Any]:
 @click.option("--against-seed", type=int, help="Of the model --against.  [the same: pairs]")
 @click.option("--num-steps", type=int, help="Sampling steps.  [the model's]")
 @click.option("--cfg-weight", type=float, help="Guidance; 0 turns it off.  [the model's]")
-@click.option("--kernel", help=f"Of a saved model: {', '.join(BACKENDS)}.  [the fastest]")
+@click.option("--kernel", help=f"Of a quantized model: {', '.join(BACKENDS)}.  [the fastest]")
 @click.option("--dtype", help=f"Of --model: {' or '.join(DTYPES)}.  [the device's]")
 @click.option("--batch-size", default=16, help="Pictures at once.")
 @click.option("--splits", type=int, help=f"Parts for the Inception Score.  [{SPLITS}]")
@@ -132,6 +146,7 @@ def described(other: Folder | Drawing | Known, name: str) -> dict[str, Any]:
 @click.option("--paired/--no-paired", default=True, help="Compare pictures of equal names.")
 @click.option("--save-statistics", help="An .npz to write, for --against of later runs.  [none]")
 @click.option("--force", is_flag=True, help="Replace what an earlier run has written.  [off]")
+@int8_options
 def main(**options: Any) -> None:
     """Measure how good pictures are, as a set and one by one.
 

@@ -11,10 +11,14 @@ import click
 
 from .cli import Bar, command, peak_memory_bytes
 from .errors import UserError
+from .inference.int8 import OFF, Int8, open_with_int8
 from .inference.low_memory import KERNEL
 from .inference.low_memory import low_memory as lowered
-from .inference.saved import check_sigmas, is_saved, open_pipeline, reread_saved
-from .models.load import MODELS
+from .inference.options import int8_options, streaming_options
+from .inference.saved import check_sigmas, is_saved, reread_saved
+from .inference.streaming import streaming
+from .model_options import model_options
+from .models.load import MODELS, Model
 from .report.picture import write_picture
 from .sampling import SAMPLERS, Callback
 from .store import human_bytes, require_writable
@@ -24,7 +28,7 @@ def generate(
     prompts: Sequence[str],
     output: str | Path,
     *,
-    model: str = "nano",
+    model: Model = "nano",
     seed: int = 0,
     num_steps: int | None = None,
     cfg_weight: float | None = None,
@@ -34,18 +38,26 @@ def generate(
     eta: float = 0.0,
     kernel: str | None = None,
     low_memory: bool = False,
+    int8: Int8 = OFF,
+    blocks_in_memory: int | None = None,
     callbacks: Sequence[Callback] = (),
 ) -> list[Path]:
-    """Writes one PNG a prompt and gives their paths; prompt i is drawn with seed + i."""
+    """Writes one PNG a prompt and gives their paths; prompt i is drawn with seed + i.
+
+    With `blocks_in_memory` the transformer's other blocks are read when their turn comes.
+    """
     paths = output_paths(Path(output), len(prompts))
     require_writable(paths[0].parent)
     if low_memory and kernel is None and is_saved(model):
         kernel = KERNEL
-    pipeline = open_pipeline(model, kernel=kernel)
+    pipeline = open_with_int8(model, kernel=kernel, int8=int8)
     check_sigmas(pipeline.transformer, pipeline.sigmas(num_steps)[:-1].tolist())
     seeds = [seed + i for i in range(len(prompts))]
     reread = reread_saved(model) if is_saved(model) else None
-    with lowered(pipeline, reread) if low_memory else nullcontext():
+    with (
+        lowered(pipeline, reread) if low_memory else nullcontext(),
+        streaming(pipeline, blocks_in_memory, model, int8),
+    ):
         latent = pipeline.sample(
             prompts,
             seeds,
@@ -57,7 +69,7 @@ def generate(
             eta=eta,
             callbacks=callbacks,
         )
-    pictures = pipeline.decode(latent)
+    pictures = pipeline.finish(latent)
     for path, picture, prompt, own_seed in zip(paths, pictures, prompts, seeds, strict=True):
         write_picture(path, picture, prompt=prompt, seed=own_seed, model=pipeline.name)
     return paths
@@ -77,9 +89,7 @@ def output_paths(output: Path, count: int) -> list[Path]:
 
 
 @command()
-@click.option(
-    "--model", default="nano", help=f"Name ({', '.join(MODELS)}), a pipeline's or saved folder."
-)
+@model_options("nano", f"Name ({', '.join(MODELS)}), a pipeline's or saved folder.", encodes=True)
 @click.option("--prompt", "prompts", multiple=True, required=True, help="Repeat it for several.")
 @click.option("--output", default="picture.png", help="PNG to write; several get a number each.")
 @click.option("--seed", default=0, help="Of the first picture; the next ones count up.")
@@ -91,10 +101,12 @@ def output_paths(output: Path, count: int) -> list[Path]:
 @click.option("--width", type=int, help="In pixels.  [the model's]")
 @click.option("--sampler", default="euler", help=f"One of: {', '.join(SAMPLERS)}.")
 @click.option("--eta", default=0.0, help="Share of fresh noise a step, for ddim.")
-@click.option("--kernel", help="Of a saved quantized model: how it multiplies.  [the fastest]")
+@click.option("--kernel", help="Of a quantized model: how it multiplies.  [the fastest]")
 @click.option(
     "--low-memory", is_flag=True, help="Keep no modulation weights while denoising.  [off]"
 )
+@int8_options
+@streaming_options
 def main(prompts: tuple[str, ...], output: str, **settings: object) -> None:
     """Draw pictures from prompts.
 

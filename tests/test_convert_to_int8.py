@@ -376,6 +376,24 @@ def test_a_pytorch_file_with_code_in_it_is_not_run(tmp_path):
     assert not sign.exists()
 
 
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut", b"\x80\x02}q\x00."])
+def test_a_damaged_pytorch_file_is_one_error_line(tmp_path, content):
+    pytest.importorskip("torch")
+    (tmp_path / "a.pt").write_bytes(content)
+    before = contents(tmp_path)
+    result = run_here(STAGE, "--input", "a.pt", "--output", "b.safetensors", cwd=tmp_path)
+    assert_one_error_line(result, "a.pt")
+    assert contents(tmp_path) == before
+
+
+def test_a_cut_off_pytorch_file_is_one_error_line(tmp_path):
+    torch = pytest.importorskip("torch")
+    torch.save({f"{Q}.weight": torch.ones(1024, 1024)}, tmp_path / "a.pt")
+    os.truncate(tmp_path / "a.pt", (tmp_path / "a.pt").stat().st_size // 2)
+    result = run_here(STAGE, "--input", "a.pt", "--output", "b.safetensors", cwd=tmp_path)
+    assert_one_error_line(result, "a.pt", "save its state_dict again")
+
+
 def test_what_is_below_a_key_is_taken_without_it(tmp_path):
     path = tmp_path / "a.safetensors"
     tensors = {f"ema.net.{name}": tensor for name, tensor in model().items()}
@@ -590,9 +608,9 @@ finally:
 """
 
 
-def in_a_process(*arguments: str) -> subprocess.CompletedProcess:
+def in_a_process(*arguments: str, before: str = "") -> subprocess.CompletedProcess:
     """Prints the peak of its own memory, in kilobytes, at its end."""
-    command = [sys.executable, "-c", IN_A_PROCESS, *arguments]
+    command = [sys.executable, "-c", f"{before}\n{IN_A_PROCESS}", *arguments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
@@ -619,6 +637,25 @@ def test_a_disk_that_fills_up_in_the_middle_leaves_nothing(tmp_path):
     result = in_a_process("9000000", *files, "--quiet")
     assert_one_error_line(result, "cannot write", "out.safetensors", "choose a folder")
     assert contents(tmp_path) == before
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("layers", [8, 24])
+def test_memory_does_not_grow_with_a_pytorch_file(tmp_path, layers):
+    """Mapped, so that the bound holds on top of what PyTorch itself takes."""
+    torch = pytest.importorskip("torch")
+    path = tmp_path / "a.pt"
+    weight = torch.randn(4096, 4096).to(torch.bfloat16)
+    torch.save({f"blocks.{i}.attn.q.weight": weight.clone() for i in range(layers)}, path)
+    peaks = []
+    for command in ("--help", "--quiet"):
+        files = ("--input", str(path), "--output", str(tmp_path / "b.safetensors"))
+        result = in_a_process("0", *files, command, before="import torch")
+        assert result.returncode == 0, result.stderr
+        peaks.append(1024 * int(result.stdout.split()[-1]))
+    assert peaks[1] - peaks[0] < 2 * weight.nbytes + 200 * 10**6
+    assert peaks[1] - peaks[0] < 4 * weight.nbytes  # whatever the file's size
 
 
 @pytest.mark.slow

@@ -49,7 +49,7 @@ def test_every_command_in_the_docs_exists_with_its_options(page):
     for name, *arguments in commands(page):
         command = main.get_command(click.Context(main), name)
         assert command is not None, f"{page.name}: ditq {name}"
-        options = {o for p in command.params for o in p.opts} | {"--help"}
+        options = {o for p in command.params for o in (*p.opts, *p.secondary_opts)} | {"--help"}
         for word in arguments:
             assert not word.startswith("--") or word.split("=")[0] in options, (
                 f"{page.name}: {word}"
@@ -78,6 +78,18 @@ def test_the_readmes_own_commands_run(tmp_path):
         assert result.returncode == 0, result.stderr
     assert (tmp_path / "picture.png").exists()
     assert (tmp_path / "report" / "report.html").exists()
+
+
+@pytest.mark.slow
+def test_the_commands_about_int8_run(tmp_path):
+    """As they stand, in a folder beside the package."""
+    (tmp_path / "src").symlink_to(ROOT / "src")
+    ran = [c for c in commands(ROOT / "docs" / "int8.md") if len(c) > 1]
+    assert {c[0] for c in ran} == {"generate", "evaluate", "convert-to-int8"}
+    for name, *arguments in ran:
+        result = run(f"src.{COMMANDS[name]}", *arguments, cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+    assert (tmp_path / "int8.png").exists()
 
 
 @pytest.mark.skipif(not os.environ.get("VIRTUAL_ENV") and sys.prefix == sys.base_prefix, reason="")

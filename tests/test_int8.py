@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 
 from src.backends import BACKENDS
+from src.backends.cuda_int8 import usable
 from src.backends.weight import unpack
 from src.errors import UserError
 from src.quant.int8 import (
@@ -24,7 +25,7 @@ from hypothesis import strategies as st
 from mlx.utils import tree_flatten, tree_map
 
 COLUMNS, ROWS = 256, 48
-EXACT = ("auto", "fallback", "reference", "dense")  # on a CPU
+EXACT = ("auto", "fallback", "reference", "dense", "unpack")  # on a CPU
 
 
 def array_of(*shape: int, seed: int = 0, heavy: bool = False) -> np.ndarray:
@@ -167,6 +168,24 @@ def test_sixteen_bit_inputs_give_outputs_of_their_dtype(backend, dtype):
     x = mx.array(array_of(6, COLUMNS, seed=5)).astype(dtype)
     y = INT8Linear.from_linear(linear, backend)(x)
     assert y.dtype == dtype and cosine(y, linear(x.astype(mx.float32))) > 0.999
+
+
+@pytest.mark.skipif(usable() is None, reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
+def test_a_gpu_quantizes_and_multiplies_in_two_kernels(dtype, bias):
+    """The same codes and exact sums as everywhere, so that only the last rounding differs."""
+    linear, x = linear_of(1000, 1536, bias), array_of(3, 700, 1536, seed=5, heavy=True)
+    x[0, 5, 7], x[1, 9, 3], x[2, 11] = np.nan, np.inf, 0
+    x = mx.array(x).astype(dtype)
+    exact, fused = (
+        np.array(INT8Linear.from_linear(linear, backend)(x).astype(mx.float32))
+        for backend in ("fallback", "cuda_int8")
+    )
+    np.testing.assert_array_equal(np.isnan(fused), np.isnan(exact))
+    assert np.isnan(exact).sum() == 2000
+    rounding = 2**-10 if dtype == mx.float16 else 2**-7
+    np.testing.assert_allclose(fused, exact, rtol=rounding, atol=1e-3)
 
 
 def test_empty_inputs_give_empty_outputs():

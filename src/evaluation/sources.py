@@ -12,9 +12,10 @@ import numpy as np
 from PIL import Image
 
 from ..errors import UserError
-from ..inference.saved import check_sigmas, open_pipeline
+from ..inference.int8 import OFF, Int8, int8_layers, open_with_int8
+from ..inference.saved import check_sigmas
 from ..metrics.fidelity import KeepSteps
-from ..models.load import MODELS
+from ..models.load import MODELS, Model
 from ..models.pipeline import Pipeline
 from ..models.prompts import load_prompts
 from ..sampling import Noise, Step, uses_guidance
@@ -113,7 +114,7 @@ def unreadable(path: Path, error: Exception) -> UserError:
 class Drawing:
     """Pictures that a model draws: prompt i, in turn, with the noise of seeds[i]."""
 
-    model: str  # as it was asked for
+    model: Model  # as it was asked for
     pipeline: Pipeline
     prompts: list[str]
     seeds: list[int]
@@ -163,8 +164,9 @@ class Drawing:
     def described(self) -> dict[str, Any]:
         return {
             "model": self.pipeline.name,
-            "opened": self.model,
+            "opened": str(self.model),
             "sha256": self.pipeline.hash,
+            "INT8 layers": len(int8_layers(self.pipeline.transformer)),
             "computed in": str(self.pipeline.dtype).removeprefix("mlx.core."),
             "count": len(self.prompts),
             "size": list(self.size),
@@ -188,6 +190,7 @@ class Order:
     cfg_weight: float | None = None
     kernel: str | None = None
     dtype: str | None = None
+    int8: Int8 = OFF
 
     def __post_init__(self) -> None:
         if self.num_images is not None and self.num_images < 1:
@@ -195,10 +198,10 @@ class Order:
         if self.dtype is not None and self.dtype not in DTYPES:
             raise UserError(f"--dtype {self.dtype} is unknown; valid: {', '.join(DTYPES)}")
 
-    def open(self, model: str, seed: int) -> Drawing:
+    def open(self, model: Model, seed: int) -> Drawing:
         """Everything that could be refused is refused here."""
         dtype = None if self.dtype is None else DTYPES[self.dtype]
-        pipeline = open_pipeline(model, dtype, kernel=self.kernel)
+        pipeline = open_with_int8(model, dtype, kernel=self.kernel, int8=self.int8)
         texts = load_prompts(self.prompts or f"{pipeline.prompts}_evaluation")
         count = len(texts) if self.num_images is None else self.num_images
         defaults = pipeline.defaults

@@ -17,7 +17,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..backends import BACKENDS, Backend, Device, named, select
-from ..backends.dense import Dense
+from ..backends.cuda_int8 import CudaInt8
+from ..backends.cuda_int8_kernels import InputGrid, column_table
 from ..backends.weight import PACKED_COLUMNS
 from ..errors import UserError
 from .grid import SMALLEST_SCALE, activation_limit, dequantize
@@ -27,6 +28,7 @@ BITS = 8
 LIMIT = activation_limit(BITS)
 BLOCK_SIZE = 128
 AUTO, FALLBACK = "auto", "fallback"
+UNPACK, KEEPS_UNPACKED = "unpack", "dense"
 BACKEND_NAMES = (AUTO, FALLBACK, *BACKENDS)
 PROTECTED = ("weight", "weight_scale")  # whose dtypes are part of their numbers
 
@@ -37,10 +39,12 @@ class INT8Quantizer:
     @staticmethod
     def quantize_per_token(x: mx.array) -> tuple[mx.array, mx.array]:
         """(…, columns) int8, and (…, 1) float32 scales."""
-        x = x.astype(mx.float32)
-        largest = mx.abs(x).max(axis=-1, keepdims=True)
+        # Two reductions in the input's own dtype: absolute values would be written out first.
+        highest, lowest = x.max(axis=-1, keepdims=True), x.min(axis=-1, keepdims=True)
+        largest = mx.maximum(highest.astype(mx.float32), -lowest.astype(mx.float32))
         finite = mx.isfinite(largest)
         scale = mx.where(finite, mx.maximum(largest / LIMIT, SMALLEST_SCALE), mx.nan)
+        x = x.astype(mx.float32)
         # An integer cannot be NaN, and what a cast makes of one differs between machines.
         codes = mx.where(finite, mx.clip(mx.round(x / scale), -LIMIT, LIMIT), 0)
         return codes.astype(mx.int8), scale
@@ -122,8 +126,14 @@ class INT8LinearFunction:
         if x.size == 0:
             checked_weight(w_int8, w_scale, x.shape[-1])
             return mx.zeros((*x.shape[:-1], len(w_int8)), dtype=x.dtype)
+        weight = checked_weight(w_int8, w_scale, x.shape[-1])
+        chosen, dtype = backend_for(backend, x.size // weight.columns, weight, x.dtype)
+        operand = chosen.prepare(weight, dtype, LIMIT)
+        if isinstance(chosen, CudaInt8) and chosen.fuses(operand) and x.dtype != mx.float32:
+            grid = InputGrid(mx.ones(1), mx.array([float(LIMIT)]), per_token=True)
+            return chosen.linear(x, grid, operand, column_table(w_scale[:, 0], bias)[0])
         codes, factor = INT8Quantizer.quantize_per_token(x)
-        y = INT8LinearFunction.multiply(codes, factor, w_int8, w_scale, backend, x.dtype)
+        y = chosen.multiply(codes, factor, operand)
         if bias is not None:
             y = y + bias.astype(mx.float32)
         return y.astype(x.dtype)
@@ -141,9 +151,7 @@ class INT8LinearFunction:
         weight = checked_weight(w_int8, w_scale, codes.shape[-1])
         rows = codes.size // weight.columns
         chosen, dtype = backend_for(backend, rows, weight, dtype)
-        # Not prepared for good: unpacked codes would take as much memory as the floats did.
-        prepare = chosen.operand if isinstance(chosen, Dense) else chosen.prepare
-        return chosen.multiply(codes, scale, prepare(weight, dtype, LIMIT))
+        return chosen.multiply(codes, scale, chosen.prepare(weight, dtype, LIMIT))
 
 
 class INT8Linear(nn.Module):
@@ -270,19 +278,20 @@ def backend_for(
     check_backend(name)
     device = Device.here()
     if name == FALLBACK:
-        return named("dense"), mx.float32
+        return named(UNPACK), mx.float32
     # On the CPU 16-bit products are slow.
     dtype = mx.float32 if device.kind == "cpu" else dtype
-    if name != AUTO:
-        check_packable(name, weight)
-        return named(name), dtype
-    chosen = select(device, rows, len(weight.bytes), weight.columns)
-    return (chosen if packable(chosen.name, weight) else named("dense")), dtype
+    if name == AUTO:
+        name = select(device, rows, len(weight.bytes), weight.columns).name
+        name = name if packable(name, weight) else UNPACK
+    check_packable(name, weight)
+    # What is unpacked once and kept would take as much memory as the floats did.
+    return named(UNPACK if name == KEEPS_UNPACKED else name), dtype
 
 
 def packable(name: str, weight: ByteWeight) -> bool:
     """Whether the backend takes a weight of that shape."""
-    if name == "dense":
+    if name in (UNPACK, KEEPS_UNPACKED):
         return True
     size = weight.columns // weight.groups
     fits = weight.groups == 1 or name == "reference" or size in MLX_GROUP_SIZES

@@ -8,7 +8,7 @@ that the codes are those of the checkpoint's own values.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -58,21 +58,24 @@ def replace_linear_with_int8(
     *,
     backend: str = AUTO,
     block_size: int = 0,
+    one_by_one: bool = False,
 ) -> list[str]:
     """Puts INT8 layers in the place of the scope's linears; returns their paths.
 
     Without `quantize` they are shells, which a quantized checkpoint is loaded into. All is
-    checked before the first layer changes.
+    checked before the first layer changes. With `one_by_one` a weight is read and checked when its
+    turn comes, so that of those not yet read one alone is in memory in floats; a model that is
+    refused then is to be thrown away.
     """
     check_backend(backend)
     targets = collect_replace_targets(model, scope_attr, skip_keywords)
     for path, linear in targets.items():
-        check_target(path, linear, quantize, block_size)
+        check_target(path, linear, quantize and not one_by_one, block_size)
     paths = list(targets)
     for path in paths:
         linear = targets.pop(path)  # so that the floats are let go one by one
         if quantize:
-            layer = INT8Linear.from_linear(linear, backend, block_size=block_size)
+            layer = quantized_layer(path, linear, backend, block_size)
         else:
             rows, columns = linear.weight.shape
             layer = INT8Linear.shell(
@@ -82,14 +85,21 @@ def replace_linear_with_int8(
     return paths
 
 
-def check_target(path: str, linear: nn.Linear, quantize: bool, block_size: int) -> None:
+def quantized_layer(path: str, linear: nn.Linear, backend: str, block_size: int) -> INT8Linear:
+    try:
+        return INT8Linear.from_linear(linear, backend, block_size=block_size)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def check_target(path: str, linear: nn.Linear, read: bool, block_size: int) -> None:
     columns = linear.weight.shape[1]
     if block_size < 0 or (block_size and columns % block_size):
         raise UserError(
             f"block size {block_size} does not divide the {columns} input channels of {path}; "
             "give one that does, or leave the layer out by a keyword"
         )
-    if quantize and not bool(mx.isfinite(linear.weight).all()):
+    if read and not bool(mx.isfinite(linear.weight).all()):
         raise UserError(f"{path} holds weights that are NaN or infinite; give a sound checkpoint")
 
 
@@ -212,18 +222,23 @@ def read_config(path: str | Path) -> Mapping[str, Any]:
     return held
 
 
+# A safetensors file, a folder of them, tensors by the model's own names, or what gives these.
+Checkpoint = str | Path | Mapping[str, mx.array] | Callable[[], Mapping[str, mx.array]]
+
+
 def prepare_int8(
     model: nn.Module,
     block: QuantizationBlock,
-    checkpoint: str | Path | Mapping[str, mx.array] | None = None,
+    checkpoint: Checkpoint | None = None,
     *,
     dtype: mx.Dtype | None = None,
     backend: str = AUTO,
 ) -> list[str]:
     """What the block asks for, in the order that it needs; returns the INT8 layers' paths.
 
-    `checkpoint` is a safetensors file, a folder of them, or tensors by the model's own names; a
-    model whose 16-bit weights are there already needs none. `dtype` is what all else is cast to.
+    A model whose 16-bit weights are there already needs no checkpoint. `dtype` is what all else is
+    cast to. Tensors of a file are read one by one, and as floats let go at once; a mapping holds on
+    to those that it has. A model that is refused may be half replaced.
     """
     order = LoadOrder(model, block, backend)
     if checkpoint is None and block.enabled and block.checkpoint_is_quantized:
@@ -237,14 +252,17 @@ def prepare_int8(
             order.replace()
         elif step == "load" and checkpoint is not None:
             order.load(tensors)
+            tensors = {}  # or what is read now would be kept
         elif step == "cast" and dtype is not None:
             order.cast(dtype)
     return order.paths
 
 
-def tensors_of(checkpoint: str | Path | Mapping[str, mx.array]) -> Mapping[str, mx.array]:
+def tensors_of(checkpoint: Checkpoint) -> Mapping[str, mx.array]:
     if isinstance(checkpoint, Mapping):
         return checkpoint
+    if callable(checkpoint):
+        return checkpoint()
     path = Path(checkpoint)
     return load_folder(path) if path.is_dir() else load_tensors(path)
 
@@ -275,6 +293,7 @@ class LoadOrder:
             not self.block.checkpoint_is_quantized,
             self.block.skip_keywords,
             backend=self.backend,
+            one_by_one=True,
         )
 
     def load(self, tensors: Mapping[str, mx.array]) -> None:
@@ -296,7 +315,8 @@ class LoadOrder:
         if all(scale is None for scale in kept.values()):
             raise UserError(
                 f"the checkpoint has no INT8 codes of {self.paths[0]} or any other layer of "
-                f"{self.block.scope_attr!r}; say checkpoint_is_quantized: false"
+                f"{self.block.scope_attr!r}; say checkpoint_is_quantized: false, and it is "
+                "quantized while it is loaded"
             )
         layers = []
         for path, scale in kept.items():
