@@ -35,7 +35,7 @@ def sample(
 ) -> Path:
     """Fills `output_dir` and gives its path; goes on where an earlier run was stopped.
 
-    `order` are the further arguments of `mass_sampling.plan.make_plan`, named as on the command line.
+    `order` are further arguments of `mass_sampling.plan.make_plan`, named as on the command line.
     """
     folder = Path(output_dir)
     require_writable(folder)

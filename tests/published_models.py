@@ -19,45 +19,12 @@ SD35_LARGE = replace(SD3, depth=3, hidden=192, heads=3, qk_norm=True)
 SD35_MEDIUM = replace(SD35_LARGE, dual_attention_blocks=2)
 
 
-def diffusionkit_model(ours: MMDiT):
-    """DiffusionKit's own class with the same weights; it has no k bias."""
-    from diffusionkit.mlx.config import MMDiTConfig as TheirConfig
-    from diffusionkit.mlx.mmdit import MMDiT as TheirMMDiT
-
-    config = ours.config
-    theirs = TheirMMDiT(
-        TheirConfig(
-            num_heads=config.heads,
-            depth_multimodal=config.depth,
-            hidden_size_override=config.hidden,
-            max_latent_resolution=config.position_size,
-            pooled_text_embed_dim=config.pooled_dim,
-            token_level_text_embed_dim=config.text_dim,
-            use_qk_norm=config.qk_norm,
-            dtype=mx.float32,
-            low_memory_mode=False,
-        )
-    )
-    weights = tree_flatten(ours.parameters())
-    theirs.update(tree_unflatten([(k, v) for k, v in weights if not k.endswith("k_proj.bias")]))
-    wanted = {k for k, _ in tree_flatten(theirs.parameters())}
-    assert wanted == {k for k, _ in weights if not k.endswith("k_proj.bias")}
-    return theirs
-
-
 def without_k_bias(model: MMDiT) -> MMDiT:
     """The same model with its k biases set to zero."""
     weights = tree_flatten(model.parameters())
     zero = [(k, mx.zeros_like(v)) for k, v in weights if k.endswith("k_proj.bias")]
     model.update(tree_unflatten(zero))
     return model
-
-
-def run_diffusionkit(model: MMDiT, latent, text, pooled, timestep: float) -> mx.array:
-    """DiffusionKit's velocity; one timestep for the whole batch is all that it can."""
-    theirs = diffusionkit_model(model)
-    theirs.cache_modulation_params(pooled, mx.array([timestep]))
-    return theirs(latent, text[:, :, None], mx.full((len(latent),), timestep))
 
 
 def diffusers_model(ours: MMDiT):

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from src.models.mmdit import timestep_features
+from src.models.sd3 import velocity_by_diffusionkit
 
 import click
 import mlx.core as mx
@@ -47,7 +48,7 @@ def worst(model, reference) -> float:
 
 
 def diffusionkit(model, latent, text, pooled, time):
-    return published.run_diffusionkit(model, latent, text, pooled, time[0].item())
+    return velocity_by_diffusionkit(model, latent, text, pooled, time[0].item())
 
 
 def parity() -> dict[str, dict[str, float]]:

@@ -215,10 +215,8 @@ def vae_decoder(location: Location, dtype: mx.Dtype) -> nn.Module:
     return decoder
 
 
-def velocity_by_diffusionkit(
-    model: MMDiT, latent: mx.array, text: mx.array, pooled: mx.array, timestep: float
-) -> mx.array:
-    """What DiffusionKit's own transformer gives with a model's weights; it has no k bias."""
+def diffusionkit_transformer(model: MMDiT) -> nn.Module:
+    """DiffusionKit's own class with a model's weights; it has no k bias."""
     from diffusionkit.mlx import mmdit
     from diffusionkit.mlx.config import MMDiTConfig as TheirConfig
 
@@ -236,12 +234,16 @@ def velocity_by_diffusionkit(
             low_memory_mode=False,
         )
     )
-    weights = [
-        (name, tensor)
-        for name, tensor in tree_flatten(model.parameters())
-        if not name.endswith("k_proj.bias")
-    ]
-    theirs.load_weights(weights)
+    weights = tree_flatten(model.parameters())
+    theirs.load_weights([(n, t) for n, t in weights if not n.endswith("k_proj.bias")])
+    return theirs
+
+
+def velocity_by_diffusionkit(
+    model: MMDiT, latent: mx.array, text: mx.array, pooled: mx.array, timestep: float
+) -> mx.array:
+    """What DiffusionKit's own transformer gives with a model's weights."""
+    theirs = diffusionkit_transformer(model)
     theirs.cache_modulation_params(pooled, mx.array([timestep]))
     return theirs(latent, text[:, :, None], mx.full((len(latent),), timestep))
 
