@@ -17,8 +17,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from src.backends import BACKENDS
-from src.backends.cuda_int8 import usable
+from src.backends import BACKENDS, Device
 from src.inference.int8 import WHILE_LOADING, Int8, open_with_int8
 from src.metrics.psnr import psnr
 from src.models.configs import MMDiTConfig, config_named
@@ -42,6 +41,7 @@ EXACT = "16-bit"
 SCHEMES = {"per channel": 0, "blocks of 128": 128}
 # Other names, where a weight is a byte, of `unpack`, `fallback` and `cuda_int8`.
 LEFT_OUT = (KEEPS_UNPACKED, "reference", "cuda_int8_packed")
+KERNELS = {"cuda": "cuda_int8", "metal": "metal_int8"}  # that take others' place elsewhere
 GOALS = {"share": 0.52, "peak": 0.80, "time": 1.10, "psnr": 45.0}
 DEFAULTS = Defaults(28, 5.0, 3.0, 1024, 1024, 0)
 SIGMA = 0.6
@@ -292,7 +292,8 @@ def main(
         depth=blocks or config.depth,
         dual_attention_blocks=min(config.dual_attention_blocks, blocks or config.depth),
     )
-    left_out = LEFT_OUT if usable() else (*LEFT_OUT, "cuda_int8")
+    elsewhere = [name for kind, name in KERNELS.items() if kind != Device.here().kind]
+    left_out = (*LEFT_OUT, *elsewhere)
     known = [AUTO, *(b for b in BACKENDS if b not in left_out), FALLBACK]
     options["backends"] = known if backends is None else backends.split(",")
     data = {**earlier(report), "machine": machine()}
