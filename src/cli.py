@@ -36,6 +36,7 @@ COMMANDS = {
     "sample": "sample",
     "evaluate": "evaluate",
     "benchmark": "benchmark",
+    "tune": "tune",
     "convert-to-int8": "convert_to_int8",
 }
 

@@ -19,6 +19,7 @@ from src.backends.cuda_int8_check import (
     wrong_sums,
 )
 from src.backends.cuda_int8_kernels import MMA, WGMMA, InputGrid
+from src.inference.kernels import join
 from src.quant.artifacts import LayerConfig
 from src.quant.int8 import INT8Linear
 from src.quant.linear import QuantizedLinear, Runtime
@@ -31,7 +32,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from .helpers import ROOT
+from .helpers import ROOT, relative_error
+from .quantized_models import quantized_pipeline
 
 VARIANT = suited(capability())
 VARIANTS = [v for v in (WGMMA, MMA) if VARIANT is WGMMA or v is VARIANT]  # Hopper has both
@@ -97,7 +99,7 @@ def test_sources_keep_to_what_mlx_compiles(variant):
 
 
 def test_sources_are_installed():
-    assert '"ditq.backends" = ["cuda/*.cu"]' in (ROOT / "pyproject.toml").read_text()
+    assert '"ditq.backends" = ["cuda/*.cu"' in (ROOT / "pyproject.toml").read_text()
     files = {path.stem for path in (ROOT / "src" / "backends" / "cuda").iterdir()}
     assert files == {"tiles", "quantize", "finish", WGMMA.file, MMA.file}
 
@@ -121,6 +123,30 @@ def test_column_table_holds_pairs_and_mixes_as_biases_do():
     between = np.array(kernels.column_table(scales, bias[:1] + 0.5 * (bias[1:] - bias[:1])))
     np.testing.assert_array_equal(table[0] + 0.5 * (table[1] - table[0]), between[0])
     np.testing.assert_array_equal(kernels.column_table(scales)[0, 2:4], [0, 0])
+
+
+def test_the_next_inputs_grid_is_one_multiplication_and_one_addition():
+    """(y − shift) / smoothing / scale, of one step and of a mixture of two."""
+    rng = np.random.default_rng(0)
+    shifts, smoothing = rng.standard_normal((2, 300)), rng.uniform(0.5, 2, 300)
+    shifts, smoothing = (mx.array(v.astype(np.float32)) for v in (shifts, smoothing))
+    table = CudaInt8.input_table(shifts, smoothing, 300)
+    assert table.shape == (2, 1024)
+    y, scale = rng.standard_normal(300), 0.03
+    for row, shift in ((table[1], shifts[1]), (0.5 * (table[0] + table[1]), shifts.mean(axis=0))):
+        following = CudaInt8.following(row, mx.array([scale]), mx.array([127.0]))
+        pairs = np.array(following.factors).reshape(-1, 2, 2)[:150]
+        factor, term = (pairs[:, i].reshape(-1) for i in range(2))
+        wanted = (y - np.array(shift)) / np.array(smoothing) / scale
+        np.testing.assert_allclose(y * factor + term, wanted, rtol=1e-5, atol=1e-3)
+    grid = InputGrid(mx.array([scale]), mx.array([127.0]), shifts[0], smoothing)
+    got, wanted = (
+        kernels.following(grid, 300),
+        CudaInt8.following(table[0], grid.scales, grid.limits),
+    )
+    assert mx.array_equal(got.factors, wanted.factors) and mx.array_equal(got.scale, wanted.scale)
+    plain = np.array(CudaInt8.input_table(None, None, 300)).reshape(-1, 2, 2)
+    assert (plain[:150, 0] == 1).all() and not plain[:, 1].any() and not plain[150:].any()
 
 
 def test_the_kernel_follows_the_device():
@@ -283,7 +309,7 @@ def test_gelu_and_its_codes(variant):
 @needs_cuda
 @pytest.mark.parametrize("name", ["cuda_int8", "cuda_int8_packed"])
 @pytest.mark.parametrize("per_token", [False, True])
-def test_layers_are_the_references_bit_for_bit_or_to_a_rounding_where_compiled(name, per_token):
+def test_layers_are_the_references_to_a_rounding(name, per_token):
     linear = nn.Linear(192, 328)
     linear.set_dtype(mx.float16)
     grid = LayerConfig([8, 6], [0.05, 0.1], np.linspace(-1, 1, 192), np.linspace(0.5, 2, 192))
@@ -297,9 +323,10 @@ def test_layers_are_the_references_bit_for_bit_or_to_a_rounding_where_compiled(n
         moved = layer(x.transpose(1, 0, 2)).transpose(1, 0, 2)
         outputs.append((layer(x), moved, compiled(x)))
     (whole, moved, compiled), others = outputs
-    assert mx.array_equal(whole, others[0]) and mx.array_equal(moved, others[1])
-    # Compiled, the reference's last product and the bias become one operation that rounds once.
-    assert mx.allclose(compiled, others[2], rtol=2**-10, atol=2**-12)
+    assert mx.array_equal(whole, moved) and mx.array_equal(whole, compiled)
+    # The kernels add the bias and round once, the reference rounds before and after.
+    for got, wanted in zip((whole, moved, compiled), others, strict=True):
+        assert mx.allclose(got, wanted, rtol=2**-10, atol=2**-12)
 
 
 @needs_cuda
@@ -336,3 +363,21 @@ def test_a_whole_linear_in_two_kernels_also_within_a_compiled_function():
         assert mx.array_equal(got[i], alone)
     compiled = mx.compile(lambda x, s, q: backend.linear(x, InputGrid(s, q), operand))
     assert mx.array_equal(compiled(x, scales, limits), got)
+
+
+@needs_cuda
+@pytest.mark.parametrize("name", ["cuda_int8", "cuda_int8_packed"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_joined_model_draws_what_the_reference_draws(name, compiled):
+    """q, k and v from one quantization and the MLP as one chain, in a whole guided velocity."""
+    velocities = []
+    for kernel in ("reference", name):
+        pipeline = quantized_pipeline("tiny", smoothing=True, modulation=False, kernel=kernel)
+        joined = join(pipeline.transformer)
+        assert len(joined) == (7 if kernel == name else 0)
+        prompt = ["a large red star in the center on a night background"]
+        conditioning = pipeline.condition(prompt, 4.0)
+        velocity = pipeline.velocity(conditioning, 4.0, compiled=compiled)
+        latent = mx.random.normal((1, 8, 8, 16), key=mx.random.key(0))
+        velocities.append(velocity(latent, mx.array(0.5)))
+    assert relative_error(velocities[1], velocities[0]) < 0.05

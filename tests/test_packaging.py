@@ -71,7 +71,7 @@ def test_arrows_point_one_way(path):
         "store": {"errors"},
         "sampling": {"errors", "store"},
         "models": {"errors", "store", "sampling"},
-        "backends": {"errors"},
+        "backends": {"errors", "store"},
         "quant": {"errors", "lanes", "store", "backends"},
         "calibration": {"errors", "lanes", "store", "sampling", "models"},
         "report": {"errors", "store"},

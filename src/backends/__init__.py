@@ -7,7 +7,17 @@ outputs.
 """
 
 from .device import Device
-from .select import BACKENDS, Backend, named, select
+from .select import BACKENDS, Backend, choose, idle, named, select
 from .weight import MLX_BITS, Weight
 
-__all__ = ["BACKENDS", "MLX_BITS", "Backend", "Device", "Weight", "named", "select"]
+__all__ = [
+    "BACKENDS",
+    "MLX_BITS",
+    "Backend",
+    "Device",
+    "Weight",
+    "choose",
+    "idle",
+    "named",
+    "select",
+]

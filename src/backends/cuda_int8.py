@@ -122,6 +122,21 @@ class CudaInt8:
         """Codes of (…, columns) floats, once for all the products that take them."""
         return kernels.quantize(known(x), grid)
 
+    @staticmethod
+    def bias_table(operand: dict[str, Any], biases: mx.array) -> mx.array:
+        """(steps, numbers) of (steps, outputs) biases, whose rows `product` takes."""
+        return kernels.column_table(operand["scales"], biases)
+
+    @staticmethod
+    def input_table(shifts: mx.array | None, smoothing: mx.array | None, columns: int) -> mx.array:
+        """(steps, numbers) of (steps, columns) shifts, whose rows `following` takes."""
+        return kernels.input_table(shifts, smoothing, columns)
+
+    @staticmethod
+    def following(row: mx.array, scale: mx.array, limit: mx.array) -> Following:
+        """The grid of the input behind `product_gelu`; scale and limit are (1,)."""
+        return Following(row / scale, scale, limit)
+
     def product(
         self,
         codes: Codes,

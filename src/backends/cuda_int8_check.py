@@ -5,8 +5,9 @@ Also how the tiles look from outside (`tiled`, `untiled`), and what the quantize
 
 from __future__ import annotations
 
-from functools import lru_cache
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -93,8 +94,25 @@ def random_weight(rng: np.random.Generator, case: Case) -> tuple[np.ndarray, Wei
     return codes, Weight(mx.array(packed), mx.array(scales), case.bits)
 
 
-def wrong_sums(variant: Variant, case: Case, seed: int = 0) -> int:
-    """How many outputs of a random product differ from NumPy's in any bit."""
+class RandomProduct(NamedTuple):
+    """Codes, a factor for each row and a weight, and the float32 outputs to be had of them."""
+
+    x: mx.array  # (rows, columns) float32 codes
+    factors: mx.array  # (rows,) float32
+    weight: Weight
+    wanted: np.ndarray  # (rows, outputs) float32
+
+
+class RandomInput(NamedTuple):
+    """Numbers, mostly ties, the grid that quantizes them, and NumPy's codes and scales."""
+
+    x: mx.array
+    grid: InputGrid
+    codes: np.ndarray  # (rows, columns) int8
+    scales: np.ndarray  # (rows,) float32
+
+
+def random_product(case: Case, seed: int = 0) -> RandomProduct:
     rng = np.random.default_rng(seed)
     codes, weight = random_weight(rng, case)
     x = rng.integers(-127, 128, (case.rows, case.columns))
@@ -103,19 +121,25 @@ def wrong_sums(variant: Variant, case: Case, seed: int = 0) -> int:
     sums = x.astype(np.float64) @ codes.T.astype(np.float64)
     scales = np.array(weight.scales)[:, 0]
     wanted = sums.astype(np.float32) * (factors[:, None] * scales)
-    rows = kernels.quantize(mx.array(x.astype(np.float32)), InputGrid.of_codes(127))
+    return RandomProduct(mx.array(x.astype(np.float32)), mx.array(factors), weight, wanted)
+
+
+def wrong_sums(variant: Variant, case: Case, seed: int = 0) -> int:
+    """How many outputs of a random product differ from NumPy's in any bit."""
+    product = random_product(case, seed)
+    rows, scales = kernels.quantize(product.x, InputGrid.of_codes(127)), product.weight.scales[:, 0]
     got = kernels.multiply(
-        kernels.Codes(rows.tiles, rows.scales * mx.array(factors), case.columns),
-        kernels.weight_tiles(weight),
-        weight.scales[:, 0],
-        kernels.column_table(weight.scales[:, 0])[0],
+        kernels.Codes(rows.tiles, rows.scales * product.factors, case.columns),
+        kernels.weight_tiles(product.weight),
+        scales,
+        kernels.column_table(scales)[0],
         mx.float32,
         variant,
     )
-    return int((np.array(got) != wanted).sum())
+    return int((np.array(got) != product.wanted).sum())
 
 
-def wrong_codes(
+def random_input(
     rows: int,
     columns: int,
     dtype: mx.Dtype,
@@ -124,8 +148,7 @@ def wrong_codes(
     smoothed: bool = False,
     per_token: bool = False,
     seed: int = 0,
-) -> int:
-    """How many codes and scales of a random input, mostly ties, differ from NumPy's."""
+) -> RandomInput:
     rng = np.random.default_rng(seed)
     scale, limit = float(rng.choice([0.0625, 0.0431])), float(rng.choice([7, 31, 127]))
     x = np.rint(rng.standard_normal((rows, columns)) * limit) * scale / 2
@@ -141,19 +164,30 @@ def wrong_codes(
         None if smoothing is None else mx.array(smoothing),
         per_token,
     )
-    got = kernels.quantize(held, grid)
-    wrong = np.array(got.tiles) != tiled(codes)
-    return int(wrong.sum()) + int((np.array(got.scales) != scales).sum())
+    return RandomInput(held, grid, codes, scales)
+
+
+def wrong_codes(rows: int, columns: int, dtype: mx.Dtype, **how: Any) -> int:
+    """How many codes and scales of a `random_input` differ from NumPy's."""
+    wanted = random_input(rows, columns, dtype, **how)
+    got = kernels.quantize(wanted.x, wanted.grid)
+    wrong = np.array(got.tiles) != tiled(wanted.codes)
+    return int(wrong.sum()) + int((np.array(got.scales) != wanted.scales).sum())
+
+
+def first_wrong(cases: Iterable[Any], count: Callable[[Any], int]) -> str:
+    """Empty where no case counts a wrong number, else what went wrong with the first that does."""
+    for case in cases:
+        try:
+            wrong = count(case)
+        except (RuntimeError, ValueError) as error:  # MLX's, of a kernel that does not compile
+            return f"{case}: {str(error).strip().splitlines()[0][:200]}"
+        if wrong:
+            return f"{case}: {wrong} wrong numbers"
+    return ""
 
 
 @lru_cache
 def self_test(variant: Variant) -> str:
     """Empty where all is exact, else what went wrong; run once a process."""
-    for case in SELF_TEST:
-        try:
-            wrong = wrong_sums(variant, case)
-        except RuntimeError as error:  # what MLX raises when a kernel does not compile or start
-            return f"{case}: {str(error).strip().splitlines()[0][:200]}"
-        if wrong:
-            return f"{case}: {wrong} wrong sums"
-    return ""
+    return first_wrong(SELF_TEST, partial(wrong_sums, variant))

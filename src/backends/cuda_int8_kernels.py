@@ -13,6 +13,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from .fusing import InputGrid
 from .weight import Weight
 
 PIECE = 128  # rows, and codes along the depth, of a piece of a tile
@@ -37,26 +38,6 @@ class Variant:
 
 WGMMA = Variant("wgmma", "multiply_sm90", 384, 4 * 48 * 1024 + 1024, WIDE, True)
 MMA = Variant("mma", "multiply_sm80", 256, 3 * 32 * 1024 + 1024, PIECE, False)
-
-
-@dataclass(frozen=True)
-class InputGrid:
-    """How an input becomes codes: clip(round((x − shift) / smoothing / scale), −limit, limit).
-
-    `scales` and `limits` have one entry, or one for each row of the batch, and so may the shift.
-    Per token the scale is the token's largest value over the limit instead.
-    """
-
-    scales: mx.array  # (entries,) float32
-    limits: mx.array  # (entries,) float32
-    shift: mx.array | None = None  # (columns,) or (entries, columns) float32
-    smoothing: mx.array | None = None  # (columns,) float32
-    per_token: bool = False
-
-    @classmethod
-    def of_codes(cls, limit: int) -> InputGrid:
-        """For an input that holds codes already."""
-        return cls(mx.array([1.0]), mx.array([float(limit)]))
 
 
 @dataclass(frozen=True)
@@ -261,12 +242,17 @@ def pair_table(first: mx.array, second: mx.array) -> mx.array:
     return mx.concatenate(both, axis=2).reshape(steps, -1)
 
 
+def input_table(shifts: mx.array | None, smoothing: mx.array | None, columns: int) -> mx.array:
+    """(steps, numbers) float32: factors and terms of an input whose scale is 1, side by side."""
+    shifts = mx.zeros((1, columns)) if shifts is None else shifts.reshape(-1, columns)
+    factor = mx.ones((columns,)) if smoothing is None else 1 / smoothing
+    return pair_table(mx.broadcast_to(factor, shifts.shape), -shifts * factor)
+
+
 def following(grid: InputGrid, columns: int) -> Following:
     """Of a static grid with one entry; made once for all products at the same step."""
-    factor = 1 / (grid.scales if grid.smoothing is None else grid.scales * grid.smoothing)
-    factor = mx.broadcast_to(factor, (columns,))
-    term = mx.zeros((columns,)) if grid.shift is None else -grid.shift.reshape(columns) * factor
-    return Following(pair_table(factor[None], term[None])[0], grid.scales, grid.limits)
+    table = input_table(grid.shift, grid.smoothing, columns)
+    return Following(table[0] / grid.scales, grid.scales, grid.limits)
 
 
 def launch(variant: Variant, rows: int, width: int) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 import mlx.core as mx
 
 from .reference import product, split, step
-from .weight import Weight, sixteen_bit_unit
+from .weight import Weight, product_dtype, sixteen_bit_unit
 
 
 class Dense:
@@ -21,6 +21,7 @@ class Dense:
 
     def operand(self, weight: Weight, dtype: mx.Dtype, largest: int | None) -> dict[str, Any]:
         """The same, yet to be computed: for one product, also within a compiled function."""
+        dtype = product_dtype(dtype, largest)
         codes, scales, columns = weight.codes(dtype), weight.scales, step(weight, largest)
         if dtype != mx.float32:
             unit = sixteen_bit_unit(weight, largest)

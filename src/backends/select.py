@@ -7,11 +7,14 @@ from typing import Any, Protocol
 import mlx.core as mx
 
 from ..errors import UserError
+from . import cuda_int8, metal_int8
 from .cuda_int8 import CudaInt8
 from .dense import Dense
-from .device import M5, Device
+from .device import Device
+from .metal_int8 import MetalInt8
 from .quantized_matmul import QuantizedMatmul
 from .reference import Reference
+from .tuning import chosen, table_for
 from .unpack import Unpack
 from .weight import Weight
 
@@ -27,7 +30,7 @@ class Backend(Protocol):
         """(…, rows) float32; with a factor x holds codes of that unit, without one floats."""
 
 
-# An integer kernel joins here, and in `select` for the devices and shapes on which it is faster.
+# An integer kernel joins here, and in tuning.py as one that may be chosen.
 BACKENDS: dict[str, Backend] = {
     backend.name: backend
     for backend in (
@@ -37,10 +40,12 @@ BACKENDS: dict[str, Backend] = {
         QuantizedMatmul(),
         CudaInt8(),
         CudaInt8(keeps_packed=True),
+        MetalInt8(),
     )
 }
 
-FEW_ROWS = 32  # below it, reading the weights takes longer than multiplying
+# What takes the place of one that keeps weights unpacked.
+KEEPING = {"dense": "unpack", "cuda_int8": "cuda_int8_packed", "metal_int8": "quantized_matmul"}
 
 
 def named(name: str) -> Backend:
@@ -50,10 +55,33 @@ def named(name: str) -> Backend:
     return BACKENDS[name]
 
 
-def select(device: Device, rows: int, N: int, K: int) -> Backend:
-    """The backend for (rows, K) inputs of an (N, K) weight on that device."""
-    if device.kind == "cpu":
-        return named("dense")
-    if rows < FEW_ROWS or (device.kind == "metal" and device.generation >= M5):
-        return named("quantized_matmul")
-    return named("dense")
+def select(
+    device: Device, rows: int, N: int, K: int, *, integers: bool = True, packed: bool = False
+) -> Backend:
+    """The backend for (rows, K) inputs of an (N, K) weight on that device.
+
+    Without `integers`, inputs are floats or scales are those of groups, which integer kernels do
+    not take; with `packed`, nothing may be kept beside the codes.
+    """
+    name = chosen(table_for(device, integers), rows, N, K)
+    if name == "metal_int8" and not metal_int8.takes(N, K):
+        name = chosen(table_for(device, integers=False), rows, N, K)
+    return named(KEEPING.get(name, name) if packed else name)
+
+
+def choose(weight: Weight, rows: int, largest: int | None) -> Backend:
+    """The one that multiplies this weight here with so many rows of codes up to `largest`, or of
+    floats (None)."""
+    device, shape = Device.here(), (len(weight.scales), weight.columns)
+    integers = not cuda_int8.refusal(weight, largest)
+    backend = select(device, rows, *shape, integers=integers)
+    return select(device, rows, *shape, integers=False) if idle(backend) else backend
+
+
+def idle(backend: Backend) -> str:
+    """Why it leaves all products to others on this machine, empty if it multiplies by itself: an
+    integer kernel passes its self-test first."""
+    for kind, kernels in ((CudaInt8, cuda_int8), (MetalInt8, metal_int8)):
+        if isinstance(backend, kind) and not kernels.usable():
+            return kernels.status().removeprefix("not used: ")
+    return ""

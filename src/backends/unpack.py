@@ -8,7 +8,7 @@ from typing import Any
 import mlx.core as mx
 
 from .reference import product, split, step
-from .weight import PACKED_COLUMNS, Weight, sixteen_bit_unit
+from .weight import PACKED_COLUMNS, Weight, product_dtype, sixteen_bit_unit
 
 SMALLEST = 1e-30  # that a row's largest scale is taken for, to divide by
 
@@ -22,6 +22,7 @@ class Unpack:
         In 16 bits a product is rounded once, after the sum. Scales of groups go into the codes
         there, as shares of their row's largest, so that one product is enough.
         """
+        dtype = product_dtype(dtype, largest)
         held, scales = getattr(weight, "bytes", None), weight.scales
         operand = {"codes": weight.packed if held is None else held, "dtype": dtype}
         if dtype == mx.float32:

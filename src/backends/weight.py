@@ -65,6 +65,12 @@ def exact_columns(bits: int, largest: int) -> int:
     return max(1, (EXACT_BELOW - 1) // (2 ** (bits - 1) * largest))
 
 
+def product_dtype(dtype: mx.Dtype, largest: int | None) -> mx.Dtype:
+    """What products are taken in: whole numbers in float16 rather than bfloat16, which has three
+    bits less and which GPUs before M3 do not have; `sixteen_bit_unit` keeps them in its range."""
+    return mx.float16 if dtype == mx.bfloat16 and largest is not None else dtype
+
+
 def sixteen_bit_unit(weight: Weight, largest: int | None) -> float:
     """A power of two by which codes are multiplied so that no 16-bit sum overflows.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..backends import BACKENDS, Backend, Weight, cuda_int8, named
+from ..backends import BACKENDS, Backend, Weight, cuda_int8, idle, named
 from ..models.mmdit import MMDiT
 from ..quant.linear import QuantizedLinear
 from .subjects import quantized_layers
@@ -28,9 +28,7 @@ def available(asked: Sequence[str]) -> Available:
 
 def reason_against(backend: Backend) -> str:
     """Why this device has no such kernel, empty if it has one: another would multiply instead."""
-    if isinstance(backend, cuda_int8.CudaInt8) and cuda_int8.usable() is None:
-        return cuda_int8.status().removeprefix("not used: ")
-    return ""
+    return idle(backend)
 
 
 def replaced_note(transformer: MMDiT, backend: Backend) -> str | None:

@@ -16,6 +16,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from ..backends import Backend, Weight, named
 from ..errors import UserError
+from ..inference.kernels import join
 from ..inference.open import Settings, activations, open_artifacts
 from ..inference.saved import is_saved, load_saved, table_schedule
 from ..models.load import MODELS, Model, ModelChoice, load_pipeline
@@ -164,7 +165,9 @@ def with_kernel(
     weights_only = next(iter(old.values())).runtime.weights_only
     runtime = Runtime(step, a_scale, backend, weights_only=weights_only)
     layers = {path: again(layer, quantized.dtype, runtime) for path, layer in old.items()}
-    return with_layers(quantized, layers, step), step
+    made = with_layers(quantized, layers, step)
+    join(made.transformer)
+    return made, step
 
 
 def again(layer: QuantizedLinear, dtype: mx.Dtype, runtime: Runtime) -> QuantizedLinear:

@@ -111,7 +111,7 @@ class StandIn:
             latent.astype(self._dtype),
             text.astype(self._dtype),
             self._pooled,
-            mx.full(len(latent), 1000 * sigma, dtype=mx.float32),
+            mx.array([1000 * sigma], dtype=mx.float32),
         ]
         if self._table is not None:
             inputs.append(self._table(mx.array(sigma)))

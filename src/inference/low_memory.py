@@ -24,7 +24,7 @@ from ..quant.schedule import SAME_SIGMA
 from ..store import load_tensors, require_space, save_tensors
 
 KERNEL = "quantized_matmul"  # keeps nothing but the packed codes
-UNPACKING = ("dense",)  # kernels that keep weights unpacked
+UNPACKING = ("dense", "cuda_int8", "metal_int8")  # kernels that keep weights unpacked
 # What nothing but the modulation reads.
 EMBEDDERS = ("y_embedder", "t_embedder")
 

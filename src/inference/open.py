@@ -24,6 +24,7 @@ from ..quant.modulated import Modulated, set_quant_state
 from ..quant.schedule import Schedule, Step
 from ..sampling import StepCallback
 from ..store import MANIFEST_NAME, hash_file, short_hash
+from .kernels import join, rows_of
 from .modulation import quantize_modulation
 from .residual_setup import Prepared, apply, prepare
 from .residuals import Options, Work, unwrap
@@ -91,7 +92,9 @@ class Artifacts:
             modulation = modulation_linears(model) if keep else {}
             linears = {**linears, **modulation}
             quantize_modulation(model, self.settings.modulation_bits)
-        result = put_in(model, self.checked, **self.settings.options())
+        rows = rows_of(model.config, self.pipeline.defaults)
+        result = put_in(model, self.checked, rows=rows, **self.settings.options())
+        join(model)
         return Quantized(
             pipeline=self.pipeline,
             bits=self.rounded.bits,

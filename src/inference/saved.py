@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from ..models.pipeline import Defaults, Pipeline
 from ..models.sd3_files import Files, files_of
 from ..models.sd3_load import SD3, assemble_sd3
 from ..models.sd3_text import Text
-from ..quant.linear import QuantizedLinear, Runtime
+from ..quant.linear import TYPICAL_ROWS, QuantizedLinear, Runtime
 from ..quant.packing import MLX_GROUP_SIZES
 from ..quant.schedule import Schedule, Step
 from ..quant.stored import own_shapes, restore_layer
@@ -41,6 +42,7 @@ from ..store import (
 from ..store.arrays import dtype_name
 from ..store.files import check_relative_name, damaged
 from ..store.jsonfile import check_header
+from .kernels import join, rows_of
 
 FORMAT, VERSION = "ditq-saved-model", 1
 CONFIG, OWN, CARD = "config.json", "ditq.safetensors", "README.md"
@@ -132,12 +134,14 @@ def load_saved_transformer(
     check_tensors(folder, transformer, tensors, own, formats)
     check_layers(folder, transformer, details["layers"], own, formats)
     runtime, replacements = runtime_of(folder, details, backend), []
+    tokens = rows_of_saved(folder, details, transformer.config)
     for path, (size, bits) in formats.items():
         if path in details["layers"]:
             groups = details["layers"][path]["groups"]
             affine, extra = below(tensors, path), below(own, path)
             try:
-                layer = restore_layer(bits, groups, affine, extra, runtime, dtype)
+                own_runtime = replace(runtime, rows=tokens(path))
+                layer = restore_layer(bits, groups, affine, extra, own_runtime, dtype)
             except UserError as error:
                 raise UserError(f"{folder}: {path}: {error}") from None
         else:
@@ -147,6 +151,7 @@ def load_saved_transformer(
     transformer.update_modules(tree_unflatten(replacements))
     fill_rest(transformer, tensors, details["layers"], folder, dtype)
     transformer.follow(runtime.step)
+    join(transformer)
     return transformer
 
 
@@ -293,6 +298,15 @@ def runtime_of(folder: Path, details: Mapping[str, Any], backend: Backend | None
         return Runtime(step, details["a_scale"], backend, weights_only=weights_only)
     except (KeyError, TypeError, ValueError) as error:
         raise damaged(folder / CONFIG, f"its activations are not described ({error})") from None
+
+
+def rows_of_saved(
+    folder: Path, details: Mapping[str, Any], config: MMDiTConfig
+) -> Callable[[str], int]:
+    """How many tokens a layer meets at once; of a transformer by itself, as many as is typical."""
+    if "sampling" not in details:
+        return lambda path: TYPICAL_ROWS
+    return rows_of(config, settings(Defaults, part(details, "sampling", folder), folder))
 
 
 def fill_rest(

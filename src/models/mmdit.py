@@ -103,6 +103,10 @@ class Attention(nn.Module):
         if output:
             self.o_proj = nn.Linear(hidden, hidden)
 
+    def project(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        """q, k and v, heads side by side."""
+        return self.q_proj(x), self.k_proj(x), self.v_proj(x)
+
 
 class QKNorm(nn.Module):
     """RMS norm of q and k within each head (SD3.5)."""
@@ -173,8 +177,8 @@ class StreamBlock(nn.Module):
     ) -> tuple[mx.array, mx.array, mx.array]:
         """q, k and v, (batch, heads, tokens, head_dim) each."""
         q, k, v = (
-            mx.unflatten(projection(x), -1, (self._heads, -1)).transpose(0, 2, 1, 3)
-            for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
+            mx.unflatten(projected, -1, (self._heads, -1)).transpose(0, 2, 1, 3)
+            for projected in attention.project(x)
         )
         return (q, k, v) if norm is None else (norm.q_norm(q), norm.k_norm(k), v)
 
@@ -346,6 +350,8 @@ class MMDiT(nn.Module):
 
     def conditioning(self, pooled: mx.array, timestep: mx.array) -> mx.array:
         """What every modulation reads, (batch, hidden)."""
+        # As many rows as there are texts: the product of one row may be rounded otherwise.
+        timestep = mx.broadcast_to(timestep, (len(pooled),))
         features = timestep_features(timestep, self.config.frequency_dim)
         return self.y_embedder(pooled) + self.t_embedder(features.astype(pooled.dtype))
 
@@ -360,8 +366,9 @@ class MMDiT(nn.Module):
         """Velocity of the (batch, height, width, channels) latent.
 
         text is (batch, tokens, text_dim), pooled (batch, pooled_dim), timestep (batch,) in
-        thousandths of sigma, one per sample. `vectors` are what the modulation layers, in their
-        order, have made of pooled and timestep, where that is known already.
+        thousandths of sigma, one per sample, or (1,) where it is the same for all. `vectors` are
+        what the modulation layers, in their order, have made of pooled and timestep, where that is
+        known already.
         """
         with nullcontext() if self._level is None else self._level.at(timestep / 1000):
             return self.velocity(latent, text, pooled, timestep, vectors)

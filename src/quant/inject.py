@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -19,6 +19,8 @@ from .artifacts import LayerConfig, QuantConfig, RoundedLayer
 from .grid import code_range, dequantize
 from .linear import TYPICAL_ROWS, QuantizedLinear, Runtime, check_shapes, same_vector
 from .schedule import Schedule, Step
+
+RowsOf = Callable[[str], int]  # from a layer's path
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ def inject(
     folded: bool = True,
     a_scale: str = "static",
     backend: Backend | None = None,
-    rows: int = TYPICAL_ROWS,
+    rows: int | RowsOf = TYPICAL_ROWS,
     weights_only: bool = False,
 ) -> Injected:
     """Puts rounded layers in the place of the model's linears of the same paths.
@@ -58,7 +60,8 @@ def inject(
     Without a config, or with `weights_only`, the activations stay in 16 bits; weights that were
     rounded with a config need it there too, since it holds the shift that their biases are for:
     `folded` says that they were rounded with this one. A model whose activations are quantized
-    tells the layers its noise level: it needs a method `follow`.
+    tells the layers its noise level: it needs a method `follow`. Without a backend each layer gets
+    the one that is fastest for its shape and `rows`, the tokens that it meets at once.
     """
     checked = check_layers(model, layers, bits=bits, config=config, folded=folded)
     return put_in(
@@ -97,13 +100,13 @@ def put_in(
     *,
     a_scale: str = "static",
     backend: Backend | None = None,
-    rows: int = TYPICAL_ROWS,
+    rows: int | RowsOf = TYPICAL_ROWS,
     weights_only: bool = False,
 ) -> Injected:
     """The layers into the model that they were checked against."""
     linears = linears_at(model, checked.layers)
     step = None if checked.config is None else Step(Schedule(tuple(checked.config.sigmas)))
-    runtime = Runtime(step, a_scale, backend, rows, weights_only)
+    runtime = Runtime(step, a_scale, backend, weights_only=weights_only)
     quantized = [
         (
             path,
@@ -112,7 +115,7 @@ def put_in(
                 rounded,
                 bits=checked.bits,
                 grid=checked.grids.get(path),
-                runtime=runtime,
+                runtime=replace(runtime, rows=rows if isinstance(rows, int) else rows(path)),
             ),
         )
         for path, rounded in checked.layers.items()

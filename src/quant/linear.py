@@ -10,9 +10,10 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from ..backends import Backend, Device, Weight, select
+from ..backends import Backend, Device, Weight, choose
 from ..errors import UserError
 from .artifacts import LayerConfig, RoundedLayer
+from .fused import Fused
 from .grid import (
     SMALLEST_SCALE,
     absmax_scale,
@@ -47,7 +48,7 @@ class Runtime:
             raise UserError(f"unknown --a-scale {self.a_scale!r}; valid: {', '.join(A_SCALES)}")
 
 
-class QuantizedLinear(nn.Module):
+class QuantizedLinear(Fused, nn.Module):
     """y = s·a·Σ c·x̂ + b_t, with x̂ = clip(round((x − z_t) / m / a), −Q, Q).
 
     c are the weight's codes and s its scales; a, Q and z_t are the step's, m is the smoothing and
@@ -148,24 +149,29 @@ class QuantizedLinear(nn.Module):
 
     def prepare(self, runtime: Runtime, dtype: mx.Dtype) -> None:
         """Chooses the backend and derives what is kept beside the parameters."""
-        device, quantizes = Device.here(), "a_scale" in self and not runtime.weights_only
-        shape = (len(self.weight), Weight(self.weight, self.scales, self.bits).columns)
+        quantizes = "a_scale" in self and not runtime.weights_only
+        largest = self.largest_code() if quantizes else None
         self._runtime = runtime
-        self._backend = runtime.backend or select(device, runtime.rows, *shape)
+        self._backend = runtime.backend or choose(self.packed, runtime.rows, largest)
         self._quantizes, self._per_token = quantizes, runtime.a_scale == "token"
         # On the CPU 16-bit products are slow.
-        self._dtype = mx.float32 if device.kind == "cpu" else dtype
-        self.expect(self.largest_code() if quantizes else None)
+        self._dtype = mx.float32 if Device.here().kind == "cpu" else dtype
         if "a_scale" in self:
             self._step = runtime.step or Step(Schedule((1.0,)))
             self.check_steps()
             table = spread_table(np.array(self.a_scale).tolist(), self.a_bits.tolist())
             self._number = self._step.add(table)
+        self.expect(largest)
 
     def expect(self, largest: int | None) -> None:
         """Prepares `multiply` for codes of up to `largest`, or for floats (None)."""
-        packed = Weight(self.weight, self.scales, self.bits)
-        self._operand = self._backend.prepare(packed, self._dtype, largest)
+        self._operand = self._backend.prepare(self.packed, self._dtype, largest)
+        self.prepare_fusion()
+
+    @property
+    def packed(self) -> Weight:
+        """The codes and scales, as backends take them."""
+        return Weight(self.weight, self.scales, self.bits)
 
     @property
     def kernel(self) -> str:
@@ -240,6 +246,8 @@ class QuantizedLinear(nn.Module):
             return self(x[None])[0]
         if x.size == 0:
             return mx.zeros((*x.shape[:-1], len(self.weight)), dtype=x.dtype)
+        if self._fuses:
+            return self.of_codes(x, self.codes(x))
         centred, factor = self.centred(x), None
         codes = centred
         if self._quantizes:

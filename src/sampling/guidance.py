@@ -8,7 +8,8 @@ import mlx.core as mx
 
 from ..errors import UserError
 
-# (latent, text tokens, pooled text, timestep) to velocity: a transformer's call.
+# (latent, text tokens, pooled text, timestep) to velocity: a transformer's call. The timestep has
+# one entry a row, or a single one for all.
 Model = Callable[[mx.array, mx.array, mx.array, mx.array], mx.array]
 
 
@@ -33,7 +34,7 @@ def guided(
         sigma = mx.concatenate([sigma, sigma]) if sigma.ndim else sigma
     if len(text) != len(latent):
         raise ValueError(f"{len(text)} rows of text for {len(latent)} latents")
-    timestep = mx.broadcast_to(1000 * sigma, (len(latent),))
+    timestep = (1000 * sigma).reshape(-1)  # one that is said to be all rows' saves layers work
     velocity = model(latent.astype(text.dtype), text, pooled, timestep).astype(mx.float32)
     if not doubled:
         return velocity

@@ -1,0 +1,73 @@
+"""What a backend may do beyond a product: quantize its input by itself, end with more than sums.
+
+A layer that finds such a backend gives it the grid instead of codes, and the bias with it. What
+codes and tables look like is the backend's own business.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import mlx.core as mx
+
+
+@dataclass(frozen=True)
+class InputGrid:
+    """How an input becomes codes: clip(round((x − shift) / smoothing / scale), −limit, limit).
+
+    `scales` and `limits` have one entry, or one for each row of the batch, and so may the shift.
+    Per token the scale is the token's largest value over the limit instead.
+    """
+
+    scales: mx.array  # (entries,) float32
+    limits: mx.array  # (entries,) float32
+    shift: mx.array | None = None  # (columns,) or (entries, columns) float32
+    smoothing: mx.array | None = None  # (columns,) float32
+    per_token: bool = False
+
+    @classmethod
+    def of_codes(cls, limit: int) -> InputGrid:
+        """For an input that holds codes already."""
+        return cls(mx.array([1.0]), mx.array([float(limit)]))
+
+
+@runtime_checkable
+class Fusing(Protocol):
+    """Quantizes inputs, and ends products with the scales, the bias and the cast."""
+
+    def fuses(self, operand: dict[str, Any]) -> bool:
+        """Whether what follows can be used with this weight here."""
+
+    def quantize(self, x: mx.array, grid: InputGrid) -> Any:
+        """Codes of (…, columns) floats, for all the products that take them."""
+
+    def bias_table(self, operand: dict[str, Any], biases: mx.array) -> mx.array:
+        """(steps, numbers) of (steps, outputs) biases; its rows may be mixed as biases may."""
+
+    def product(
+        self, codes: Any, operand: dict[str, Any], dtype: mx.Dtype, columns: mx.array | None = None
+    ) -> mx.array:
+        """(rows, outputs); `columns` is a row of a bias table, none adds no bias."""
+
+
+@runtime_checkable
+class Chaining(Fusing, Protocol):
+    """Ends a product with GELU and the codes of the next product's input, in a static grid."""
+
+    def input_table(
+        self, shifts: mx.array | None, smoothing: mx.array | None, columns: int
+    ) -> mx.array:
+        """(steps, numbers) of (steps, columns) shifts; its rows may be mixed as shifts may."""
+
+    def following(self, row: mx.array, scale: mx.array, limit: mx.array) -> Any:
+        """The next input's grid: a row of its table, and its scale and limit, (1,) each."""
+
+    def product_gelu(
+        self,
+        codes: Any,
+        operand: dict[str, Any],
+        following: Any,
+        columns: mx.array | None = None,
+    ) -> Any:
+        """Codes of GELU (its tanh form) of the product, for the next one."""

@@ -1,0 +1,132 @@
+"""Whether the integer kernels are right on this Apple GPU: found out once, and remembered."""
+
+from __future__ import annotations
+
+import platform
+import re
+from contextlib import suppress
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+from ..errors import UserError
+from ..store import hash_json, read_json, write_json
+from . import metal_int8_kernels as kernels
+from .cuda_int8_check import Case, first_wrong, random_input, random_product
+from .device import M5, Device
+from .fusing import InputGrid
+from .tuning import cache_folder
+
+OLDEST_MACOS = (26, 2)
+FORMAT, VERSION = "ditq-metal-int8-self-test", 1
+UNFINISHED = "an earlier test did not come to its end"
+
+# Ragged rows and whole tiles, one step of depth and many, sums beyond 2^24.
+SELF_TEST = (
+    Case(1, 128, 32, 4),
+    Case(77, 256, 1056, 8),
+    Case(300, 128, 6144, 4),
+    Case(128, 128, 6144, 8),
+    Case(641, 384, 96, 4),
+)
+QUANTIZER_TEST = (
+    (77, 96, mx.float16, {"per_token": True}),
+    (130, 160, mx.bfloat16, {"shifted": True, "smoothed": True}),
+    (33, 1536, mx.float32, {"shifted": True, "smoothed": True, "per_token": True}),
+)
+
+
+class Machine(NamedTuple):
+    """What a self-test's result holds for."""
+
+    device: Device
+    architecture: str
+    macos: str
+    mlx: str
+
+    @classmethod
+    def here(cls) -> Machine:
+        architecture = str(mx.device_info().get("architecture", ""))
+        return cls(Device.here(), architecture, platform.mac_ver()[0], mx.__version__)
+
+
+def macos_version(text: str) -> tuple[int, int]:
+    """(major, minor) of what Python says, (0, 0) of nothing."""
+    found = re.match(r"(\d+)(?:\.(\d+))?", text)
+    major, minor = (int(found[1]), int(found[2] or 0)) if found else (0, 0)
+    # There is no macOS 16: a Python that was built before macOS 26 is told so.
+    return (26 if major == 16 else major), minor
+
+
+def unsuited(machine: Machine) -> str:
+    """Why the kernels are not even tried there; empty if they are."""
+    if machine.device.kind != "metal":
+        return "MLX does not compute on an Apple GPU"
+    if machine.device.generation < M5:
+        return f"{machine.architecture} is older than M5"
+    if macos_version(machine.macos) < OLDEST_MACOS:
+        return f"macOS {machine.macos} is older than {'.'.join(map(str, OLDEST_MACOS))}"
+    return ""
+
+
+def wrong_sums(case: Case, seed: int = 0) -> int:
+    """How many outputs of a random product differ from NumPy's in any bit."""
+    product = random_product(case, seed)
+    codes = kernels.quantize(product.x, InputGrid.of_codes(127))
+    codes = kernels.Codes(codes.values, codes.scales * product.factors)
+    weight, scales = product.weight.codes(mx.int8), product.weight.scales[:, 0]
+    got = kernels.multiply(codes, weight, scales, None, mx.float32)
+    return int((np.array(got) != product.wanted).sum())
+
+
+def wrong_codes(case: tuple[int, int, mx.Dtype, dict[str, Any]]) -> int:
+    """How many codes and scales of random rows differ from NumPy's."""
+    rows, columns, dtype, how = case
+    wanted = random_input(rows, columns, dtype, **how)
+    values, scales = map(np.array, kernels.quantize(wanted.x, wanted.grid))
+    wrong = int((values[:rows] != wanted.codes).sum()) + int(values[rows:].any())
+    return wrong + int((scales != wanted.scales).sum())
+
+
+def record_file() -> Path:
+    return cache_folder() / "metal_int8.json"
+
+
+def record(machine: Machine, wrong: str) -> dict[str, Any]:
+    parts = [kernels.text(name) for name in ("quantize_header", "quantize", "multiply")]
+    source = hash_json([*parts, kernels.TILE, kernels.SIMDGROUPS])
+    known = [machine.architecture, machine.macos, machine.mlx, source]
+    return {"format": FORMAT, "version": VERSION, "machine": known, "wrong": wrong}
+
+
+def remembered(machine: Machine) -> str | None:
+    """What an earlier self-test found, none where there was none for these kernels here."""
+    try:
+        found = read_json(record_file(), FORMAT, VERSION)
+    except UserError:
+        return None
+    wrong = found.get("wrong")
+    return wrong if isinstance(wrong, str) and found == record(machine, wrong) else None
+
+
+def remember(machine: Machine, wrong: str) -> None:
+    with suppress(UserError):  # where nothing can be written, each process tests anew
+        write_json(record_file(), record(machine, wrong))
+
+
+@lru_cache
+def self_test(machine: Machine) -> str:
+    """Empty where all is exact, else what went wrong; run once a machine."""
+    if (known := remembered(machine)) is not None:
+        return known
+    remember(machine, UNFINISHED)  # what a crash of the GPU's driver leaves behind
+    try:
+        wrong = first_wrong(SELF_TEST, wrong_sums) or first_wrong(QUANTIZER_TEST, wrong_codes)
+    except BaseException:
+        record_file().unlink(missing_ok=True)
+        raise
+    remember(machine, wrong)
+    return wrong

@@ -1,0 +1,100 @@
+"""Which kernel multiplies the fastest on this machine, from how many rows on."""
+
+from __future__ import annotations
+
+import datetime
+import re
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+
+from .backends.tuning import Point, default_path, described
+from .backends.weight import PACKED_COLUMNS
+from .benchmarking.kernels import available
+from .benchmarking.tuning import lines_of, measured
+from .cli import command
+from .errors import UserError
+from .store import write_json
+
+REFERENCE = "reference"  # is for comparison
+SHAPES = ((192, 192), (1536, 1536), (6144, 1536), (1536, 6144))  # nano's and SD3-medium's
+ROWS = (1, 8, 32, 128, 256, 512, 1024, 2048, 4096, 8192)
+
+
+def tune(
+    output: str | Path | None = None,
+    *,
+    shapes: Sequence[tuple[int, int]] = SHAPES,
+    rows: Sequence[int] = ROWS,
+    rounds: int = 5,
+    seconds: float = 50.0,
+) -> list[Point]:
+    """Measures layers of these (N, K) under each kernel that runs here, fewer rows first, until the
+    seconds are over; writes what `select` reads, in the user's cache folder unless told otherwise.
+    """
+    check(shapes, rows, rounds, seconds)
+    found = available([])
+    names = [name for name in found.names if name != REFERENCE]
+    points = list(measured(names, shapes, sorted(set(rows)), rounds, seconds))
+    path = default_path() if output is None else Path(output)
+    write_json(path, described(points, datetime.date.today().isoformat()))
+    return points
+
+
+def check(
+    shapes: Sequence[tuple[int, int]], rows: Sequence[int], rounds: int, seconds: float
+) -> None:
+    """Raises for what cannot be measured."""
+    for N, K in shapes:
+        if N < 1 or K < 1 or K % PACKED_COLUMNS:
+            raise UserError(
+                f"--shape {N}x{K} is not possible; valid: outputs x inputs, inputs a multiple of "
+                f"{PACKED_COLUMNS}"
+            )
+    for option, least in (("--rows", min(rows)), ("--rounds", rounds)):
+        if least < 1:
+            raise UserError(f"{option} {least} is not possible; valid: 1 or more")
+    if not seconds > 0:
+        raise UserError(f"--seconds {seconds:g} is not possible; valid: above 0")
+
+
+def shape_of(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"(\d+)x(\d+)", text)
+    if not found:
+        raise UserError(f"--shape {text} is not possible; valid: outputs x inputs, such as 1536x64")
+    return int(found[1]), int(found[2])
+
+
+@command()
+@click.option(
+    "--shape", "shapes", multiple=True, help="Outputs x inputs; repeat it.  [nano's and SD3's]"
+)
+@click.option("--rows", type=int, multiple=True, help="Tokens; repeat it.  [1 to 8192]")
+@click.option("--rounds", default=5, help="How often everything is measured.")
+@click.option("--seconds", default=50.0, help="After which no more rows are measured.")
+@click.option("--output", help="File to write.  [in the user's cache folder]")
+def main(
+    shapes: tuple[str, ...],
+    rows: tuple[int, ...],
+    rounds: int,
+    seconds: float,
+    output: str | None,
+) -> None:
+    """Measure which kernel is the fastest here; later runs choose by that.
+
+    \b
+    Example:
+      ditq tune
+    """
+    start = time.perf_counter()
+    wanted = [shape_of(text) for text in shapes] or SHAPES
+    points = tune(output, shapes=wanted, rows=rows or ROWS, rounds=rounds, seconds=seconds)
+    click.echo("\n".join(lines_of(points)))
+    taken = time.perf_counter() - start
+    click.echo(f"measured {len(points)} sizes in {taken:.1f} s: wrote {output or default_path()}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,369 @@
+"""Backends that quantize by themselves: layers, and what joins them, against today's path."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from src.backends import named
+from src.backends.cuda_int8 import CudaInt8
+from src.backends.fusing import Chaining, Fusing
+from src.inference.kernels import TEXT, join, rows_of
+from src.models.gelu import gelu_tanh
+from src.models.load import load_pipeline
+from src.models.paths import block_linears
+from src.quant.artifacts import LayerConfig
+from src.quant.fused import read_alike
+from src.quant.inject import check_layers, put_in
+from src.quant.joined import JoinedFeedForward, JoinedProjections
+from src.quant.linear import QuantizedLinear, Runtime
+from src.quant.schedule import Schedule, Step
+from src.sampling import guided
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from mlx.utils import tree_unflatten
+
+from .fusing_backend import FusingBackend
+from .helpers import random_inputs, relative_error
+from .quantized_models import SIGMAS as MODEL_SIGMAS
+from .quantized_models import grid_of
+from .test_inject import LATENT, config_for, rounded_layers
+
+COLUMNS, SIGMAS = 64, (0.9, 0.5, 0.1)
+ROUNDING = 2e-6  # of float32 sums that are put together in another order
+
+
+def grid(columns: int = COLUMNS, shifts: int = 0, smoothing: bool = False, coarse: int = 1, **more):
+    rng = np.random.default_rng(columns)
+    shift = rng.normal(0, 0.3, (shifts, columns)).astype(np.float32) if shifts else None
+    return LayerConfig(
+        [8, 6, 8],
+        [0.05, 0.1, 0.02],
+        shift[0] if shifts == 1 else shift,
+        rng.uniform(0.5, 2, columns).astype(np.float32) if smoothing else None,
+        coarse=coarse,
+        **more,
+    )
+
+
+def layers_of(config, backend, *, a_scale="static", rows=48, columns=COLUMNS, step=None, **more):
+    """The same layer over the stand-in and over the reference, at the same step."""
+    mx.random.seed(3)
+    linear = nn.Linear(columns, rows, bias=more.pop("bias", True))
+    step = step or Step(Schedule(SIGMAS))
+    return [
+        QuantizedLinear.from_linear(
+            linear, grid=config, runtime=Runtime(step, a_scale, each), **more
+        )
+        for each in (backend, named("reference"))
+    ]
+
+
+def test_the_cuda_kernels_and_the_stand_in_are_of_the_protocol():
+    assert isinstance(CudaInt8(), Chaining) and isinstance(FusingBackend(), Chaining)
+    assert not isinstance(named("dense"), Fusing)
+
+
+@pytest.mark.parametrize("a_scale", ["static", "token"])
+@given(
+    sigmas=st.sampled_from([0.9, 0.3, (0.9, 0.2), (0.5, 0.5)]),
+    shifts=st.sampled_from([0, 1, 3]),
+    smoothing=st.booleans(),
+    bias=st.booleans(),
+    thin=st.booleans(),
+    dtype=st.sampled_from([mx.float32, mx.float16]),
+    tokens=st.integers(1, 5),
+)
+def test_a_layer_computes_what_it_does_elsewhere(
+    a_scale, sigmas, shifts, smoothing, bias, thin, dtype, tokens
+):
+    """Also batches of several steps, with shifts and so biases of their own."""
+    backend, step = FusingBackend(), Step(Schedule(SIGMAS))
+    step.set_sigma(mx.array(sigmas))
+    parts = tuple(0.1 * mx.random.normal(s, key=mx.random.key(1)) for s in ((2, 64), (48, 2)))
+    fused, plain = layers_of(
+        grid(shifts=shifts, smoothing=smoothing), backend, a_scale=a_scale, step=step, bias=bias,
+        low_rank=parts if thin else None,
+    )  # fmt: skip
+    assert fused.fuses and not plain.fuses
+    x = mx.random.normal((2, tokens, COLUMNS), key=mx.random.key(tokens)).astype(dtype)
+    got, wanted = fused(x), plain(x)
+    assert backend.quantized == 1 and got.dtype == dtype
+    tolerance = ROUNDING if dtype == mx.float32 else 2**-10
+    np.testing.assert_allclose(got, wanted, atol=tolerance * float(mx.abs(wanted).max()))
+    np.testing.assert_allclose(
+        fused(x[0, 0]) if len(step.place) == 1 else got[0, 0],
+        plain(x[0, 0]) if len(step.place) == 1 else wanted[0, 0],
+        atol=tolerance * float(mx.abs(wanted).max()),
+    )
+
+
+def test_empty_inputs_and_nan():
+    backend = FusingBackend()
+    fused, plain = layers_of(grid(), backend)
+    assert fused(mx.zeros((2, 0, COLUMNS), dtype=mx.float16)).shape == (2, 0, 48)
+    x = mx.ones((1, 3, COLUMNS))
+    x[0, 1, 5] = mx.nan
+    assert np.isnan(fused(x)[0, 1]).all() and not np.isnan(fused(x)[0, ::2]).any()
+    assert backend.quantized == 2 and mx.array_equal(fused(x), plain(x), equal_nan=True)
+
+
+def test_what_a_backend_does_not_fuse_goes_the_usual_way():
+    for config, runtime, bits in (
+        (grid(coarse=4), {}, {}),  # codes of two regions
+        (grid(), {"weights_only": True}, {}),
+        (grid(), {}, {"group_size": 32}),
+        (None, {}, {}),
+    ):
+        backend = FusingBackend()
+        linear, step = nn.Linear(COLUMNS, 48), Step(Schedule(SIGMAS))
+        fused, plain = (
+            QuantizedLinear.from_linear(
+                linear, grid=config, runtime=Runtime(step, backend=each, **runtime), **bits
+            )
+            for each in (backend, named("reference"))
+        )
+        x = mx.random.normal((2, 5, COLUMNS))
+        assert not fused.fuses and backend.quantized == 0
+        assert mx.array_equal(fused(x), plain(x))
+
+
+def test_a_layer_that_is_asked_for_other_codes_stops_to_fuse():
+    """As a wrapper does that quantizes changes of the input by itself."""
+    fused, _ = layers_of(grid(), FusingBackend(), step=Step(Schedule(SIGMAS)))
+    fused.expect(None)
+    assert not fused.fuses
+    y = fused.multiply(mx.ones((2, COLUMNS)), None)
+    assert y.shape == (2, 48)
+
+
+def attention_of(configs, backend, step, *, output: bool = True) -> nn.Module:
+    module = nn.Module()
+    for index, (name, config) in enumerate(
+        zip(("q_proj", "k_proj", "v_proj"), configs, strict=True)
+    ):
+        mx.random.seed(index)
+        runtime = Runtime(step, backend=backend)
+        module[name] = QuantizedLinear.from_linear(
+            nn.Linear(COLUMNS, 48, bias=name != "k_proj"), grid=config, runtime=runtime
+        )
+    if output:
+        module.o_proj = nn.Linear(48, COLUMNS)
+    return module
+
+
+def test_q_k_and_v_share_one_quantization():
+    backend, step = FusingBackend(), Step(Schedule(SIGMAS))
+    joined = JoinedProjections(attention_of([grid(smoothing=True)] * 3, backend, step))
+    x = mx.random.normal((2, 7, COLUMNS))
+    alone = [layer(x) for layer in (joined.q_proj, joined.k_proj, joined.v_proj)]
+    assert backend.quantized == 3
+    for got, wanted in zip(joined.project(x), alone, strict=True):
+        assert mx.array_equal(got, wanted)
+    assert backend.quantized == 4
+    names = {name for name, _ in joined.named_modules()}
+    assert names == {"", "q_proj", "k_proj", "v_proj", "o_proj"}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"scale": [0.05, 0.1, 0.021]},
+        {"bits": [8, 8, 8]},
+        {"shift": np.full(COLUMNS, 0.1, np.float32)},
+        {"smoothing": np.full(COLUMNS, 2.0, np.float32)},
+    ],
+)
+def test_layers_with_other_grids_share_nothing(change):
+    backend, step = FusingBackend(), Step(Schedule(SIGMAS))
+    configs = [grid(), grid(), dataclasses.replace(grid(), **change)]
+    joined = JoinedProjections(attention_of(configs, backend, step))
+    assert read_alike([joined.q_proj, joined.k_proj])
+    assert not read_alike([joined.q_proj, joined.v_proj])
+    x = mx.random.normal((2, 7, COLUMNS))
+    for got, layer in zip(
+        joined.project(x), (joined.q_proj, joined.k_proj, joined.v_proj), strict=True
+    ):
+        assert mx.array_equal(got, layer(x))
+
+
+def test_layers_of_two_models_or_a_plain_one_share_nothing():
+    backend = FusingBackend()
+    one, other = (layers_of(grid(), backend, step=Step(Schedule(SIGMAS)))[0] for _ in range(2))
+    assert not read_alike([one, other])  # each follows a step of its own
+    step = Step(Schedule(SIGMAS))
+    joined = JoinedProjections(attention_of([grid()] * 3, backend, step))
+    joined.k_proj = nn.Linear(COLUMNS, 48)
+    before, x = backend.quantized, mx.random.normal((2, 7, COLUMNS))
+    q, k, v = joined.project(x)
+    assert backend.quantized == before + 2 and mx.array_equal(k, joined.k_proj(x))
+
+
+def feed_forward(backend, step, *, shifts=1, smoothing=False, coarse=1, a_scale="static", low=None):
+    def quantized(columns, rows, config, low_rank=None):
+        mx.random.seed(rows)
+        runtime = Runtime(step, a_scale, backend)
+        linear = nn.Linear(columns, rows)
+        return QuantizedLinear.from_linear(linear, grid=config, runtime=runtime, low_rank=low_rank)
+
+    hidden = dataclasses.replace(grid(96, shifts, smoothing, coarse), scale=[0.02, 0.04, 0.01])
+    fc1, fc2 = quantized(COLUMNS, 96, grid()), quantized(96, COLUMNS, hidden, low)
+    return JoinedFeedForward(fc1, fc2, gelu_tanh)
+
+
+@pytest.mark.parametrize("shifts", [0, 1, 3])
+@pytest.mark.parametrize("smoothing", [False, True])
+def test_an_mlp_runs_as_one_chain(shifts, smoothing):
+    backend, step = FusingBackend(), Step(Schedule(SIGMAS))
+    mlp = feed_forward(backend, step, shifts=shifts, smoothing=smoothing)
+    x = mx.random.normal((2, 7, COLUMNS))
+    for sigma in (0.9, 0.6, 0.1):
+        step.set_sigma(mx.array([sigma]))
+        quantized, got = backend.quantized, mlp(x)
+        assert backend.quantized == quantized + 1
+        # Where a value lies halfway between two codes, either is right.
+        assert relative_error(got, mlp.fc2(gelu_tanh(mlp.fc1(x)))) < 2e-3
+    assert backend.chained == 3 and got.shape == x.shape
+
+
+def test_an_mlp_that_cannot_be_chained_runs_layer_by_layer():
+    thin = tuple(mx.zeros(s) for s in ((2, 96), (COLUMNS, 2)))
+    x = mx.random.normal((2, 7, COLUMNS))
+    for how in ({"coarse": 4}, {"a_scale": "token"}, {"low": thin}, {}):
+        backend, step = FusingBackend(), Step(Schedule(SIGMAS))
+        mlp = feed_forward(backend, step, **how)
+        if not how:  # rows of a batch at two steps: one grid would be wrong for one of them
+            step.set_sigma(mx.array([0.9, 0.1]))
+        assert mx.array_equal(mlp(x), mlp.fc2(gelu_tanh(mlp.fc1(x))))
+        assert backend.chained == 0
+    mlp.fc2 = nn.Linear(96, COLUMNS)
+    assert mx.array_equal(mlp(x), mlp.fc2(gelu_tanh(mlp.fc1(x))))
+    assert mlp(x[:, :0]).shape == (2, 0, COLUMNS)
+
+
+# --- whole models
+
+
+def joined_model(model: str, backend, **how):
+    """With every linear over the backend, joined."""
+    pipeline = load_pipeline(model)
+    step, layers = Step(Schedule(MODEL_SIGMAS)), []
+    for path, linear in block_linears(pipeline.transformer).items():
+        # q, k and v have the same input, and so the same grid.
+        config = grid_of(path, linear.weight.shape[1], **how)
+        runtime = Runtime(step, backend=backend)
+        layers.append((path, QuantizedLinear.from_linear(linear, grid=config, runtime=runtime)))
+    pipeline.transformer.update_modules(tree_unflatten(layers))
+    pipeline.transformer.follow(step)
+    return pipeline, join(pipeline.transformer)
+
+
+HOW = {"smoothing": True, "shifts": 1, "coarse": 1}
+
+
+def velocity(pipeline, sigma) -> mx.array:
+    latent, text, pooled = random_inputs(pipeline.transformer.config, 8, 8)
+    text, pooled = (mx.concatenate([v, v]) for v in (text, pooled))
+    return guided(pipeline.transformer, latent, mx.array(sigma), text, pooled, 4.0)
+
+
+@pytest.mark.parametrize("model", ["tiny", "tiny-3.5-medium"])
+def test_a_joined_model_draws_what_it_did(model):
+    backend = FusingBackend()
+    fused, parts = joined_model(model, backend, **HOW)
+    plain, none = joined_model(model, named("reference"), **HOW)
+    assert none == []
+    depth = fused.transformer.config.depth
+    dual = fused.transformer.config.dual_attention_blocks
+    assert len(parts) == 2 * depth + dual + 2 * depth - 1  # the last text block has no MLP
+    paths = {p for p, m in plain.transformer.named_modules() if isinstance(m, QuantizedLinear)}
+    assert paths == {
+        p for p, m in fused.transformer.named_modules() if isinstance(m, QuantizedLinear)
+    }
+    assert relative_error(velocity(fused, 0.5), velocity(plain, 0.5)) < 0.02
+    # One input each of q, k, v, of o_proj, and of fc1; fc2's codes come out of fc1.
+    o_projs = sum(p.endswith("o_proj") for p in paths)
+    assert backend.quantized == 2 * depth + dual + o_projs + 2 * depth - 1
+    assert backend.chained == 2 * depth - 1
+
+
+def test_batches_of_several_steps_are_told_apart():
+    """Each row as if it were alone, though the MLPs are not chained then."""
+    backend = FusingBackend()
+    pipeline, _ = joined_model("tiny", backend, **{**HOW, "shifts": len(MODEL_SIGMAS)})
+    inputs = random_inputs(pipeline.transformer.config, 8, 8)
+    sigmas = mx.array([MODEL_SIGMAS[1], MODEL_SIGMAS[8]])
+    together = pipeline.transformer(*inputs, 1000 * sigmas)
+    assert backend.chained == 0
+    for row in range(2):
+        alone = pipeline.transformer(
+            *(x[row : row + 1] for x in inputs), 1000 * sigmas[row : row + 1]
+        )
+        assert relative_error(together[row], alone[0]) < 0.02
+    assert backend.chained > 0
+
+
+@pytest.mark.slow
+def test_a_compiled_step_shares_too():
+    backend = FusingBackend()
+    pipeline, _ = joined_model("tiny", backend, **HOW)
+    conditioning = pipeline.condition(["a large red star in the center on a night background"], 4.0)
+    eager, compiled = (
+        pipeline.velocity(conditioning, 4.0, compiled=wanted) for wanted in (False, True)
+    )
+    latent = mx.random.normal(LATENT, key=mx.random.key(0))
+    for sigma in (1.0, 0.4):
+        wanted = eager(latent, mx.array(sigma))
+        before = backend.quantized
+        assert relative_error(compiled(latent, mx.array(sigma)), wanted) < 0.02
+        # Where it is traced: q, k and v of four streams, and o_proj and fc1 of three.
+        assert backend.quantized - before in (0, 4 + 3 + 3)
+
+
+def test_sixteen_bit_layers_may_come_back_under_what_joins_them():
+    backend = FusingBackend()
+    pipeline, exact = load_pipeline("tiny"), load_pipeline("tiny")
+    layers = rounded_layers(pipeline)
+    model = pipeline.transformer
+    linears = block_linears(model)
+    put_in(model, check_layers(model, layers, config=config_for(layers)), backend=backend)
+    assert len(join(model)) == 7
+    assert relative_error(velocity(pipeline, 0.5), velocity(exact, 0.5)) > 1e-3
+    model.update_modules(tree_unflatten(list(linears.items())))
+    before = backend.quantized
+    assert mx.array_equal(velocity(pipeline, 0.5), velocity(exact, 0.5))
+    assert backend.quantized == before
+
+
+def test_an_exact_gelu_is_not_taken_for_its_tanh_form():
+    pipeline = load_pipeline("tiny")
+    config = dataclasses.replace(pipeline.transformer.config, gelu="exact")
+    model, step = type(pipeline.transformer)(config), Step(Schedule(MODEL_SIGMAS))
+    backend, layers = FusingBackend(), []
+    for path, linear in block_linears(model).items():
+        given = grid_of(path, linear.weight.shape[1], **HOW)
+        runtime = Runtime(step, backend=backend)
+        layers.append((path, QuantizedLinear.from_linear(linear, grid=given, runtime=runtime)))
+    model.update_modules(tree_unflatten(layers))
+    assert not any(path.endswith("mlp") for path in join(model))
+
+
+def test_each_stream_gets_the_kernel_for_its_own_tokens():
+    pipeline = load_pipeline("tiny")
+    layers = rounded_layers(pipeline)
+    rows = rows_of(pipeline.transformer.config, pipeline.defaults)
+    put_in(
+        pipeline.transformer,
+        check_layers(pipeline.transformer, layers, config=config_for(layers)),
+        rows=rows,
+    )
+    height, width, _ = pipeline.latent_shape(pipeline.defaults.height, pipeline.defaults.width)
+    patch = pipeline.transformer.config.patch
+    for path, layer in pipeline.transformer.named_modules():
+        if isinstance(layer, QuantizedLinear):
+            tokens = 154 if TEXT in path else height * width // patch**2
+            assert layer.runtime.rows == 2 * tokens, path

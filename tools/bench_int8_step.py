@@ -1,0 +1,337 @@
+"""A whole guided step of an SD3-medium of random weights: 16 bits, MLX's 4 bits, W8A8 and W4A8.
+
+    python -m tools.bench_int8_step [--model sd3-medium] [--pixels 512 --pixels 1024]
+
+Writes docs/benchmarks/int8_step.json and int8_step.md; with --dry-run nothing. On an NVIDIA GPU all
+is measured twice, in processes of their own: with CUDA graphs, as MLX does by itself, and without.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from src.backends import Device, cuda_int8, named
+from src.benchmarking.kernels import available
+from src.benchmarking.subjects import again, with_layers
+from src.benchmarking.timing import in_turns, ratios, refusal_of, seconds_of, spread
+from src.cuda import VARIABLE
+from src.inference.kernels import TEXT_TOKENS, join, rows_of
+from src.models.configs import config_named
+from src.models.load import default_dtype
+from src.models.mmdit import MMDiT, attend
+from src.models.paths import block_linears
+from src.models.pipeline import Conditioning, Defaults, Pipeline
+from src.quant.artifacts import LayerConfig
+from src.quant.int8 import INT8Linear
+from src.quant.linear import QuantizedLinear, Runtime
+from src.quant.schedule import Schedule, Step
+from src.sampling import sd3_sigmas
+
+import click
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
+
+from tools.bench_common import machine, write_report
+from tools.synthetic import fill_random
+
+STEPS, GUIDANCE, SIDE, GROUP = 28, 5.0, 8, 64
+SIGMAS = tuple(float(s) for s in sd3_sigmas(STEPS)[:-1])
+BASE, MLX4 = "16 bits", "W4A16, MLX's own 4 bits"
+BITS = (8, 4)
+MAKING = 3  # seconds that one more row may take
+GOALS = {512: (1.35, 2.5), 1024: (1.2, 2.0)}  # times 16 bits, and times MLX's own 4 bits
+
+
+@dataclass(frozen=True)
+class Row:
+    name: str
+    make: Callable[[], Pipeline]
+
+
+@dataclass(frozen=True)
+class Model:
+    """In 16 bits, and its codes of 8 and 4 bits, which all kernels share."""
+
+    exact: Pipeline
+    codes: dict[int, dict[str, QuantizedLinear]]  # by bits and path
+
+    def over(self, bits: int, kernel: str | None) -> Pipeline:
+        """Multiplied by that kernel; none: as `select` decides for the size."""
+        step, rows = Step(Schedule(SIGMAS)), rows_of(self.exact.transformer.config, self.defaults)
+        backend = None if kernel is None else named(kernel)
+        layers = {
+            path: again(layer, self.exact.dtype, Runtime(step, "static", backend, rows(path)))
+            for path, layer in self.codes[bits].items()
+        }
+        made = with_layers(self.exact, layers, step)
+        join(made.transformer)
+        return made
+
+    def replaced(self, layer_of: Callable[[nn.Linear], nn.Module]) -> Pipeline:
+        linears = block_linears(self.exact.transformer)
+        layers = {path: layer_of(linear) for path, linear in linears.items()}
+        for layer in layers.values():
+            mx.eval(layer.parameters())
+        return with_layers(self.exact, layers)
+
+    @property
+    def defaults(self) -> Defaults:
+        return self.exact.defaults
+
+
+def grid_of(path: str, columns: int) -> LayerConfig:
+    """One scale for all steps, and a shift behind GELU: times depend on no number."""
+    shift = np.full(columns, 0.1, np.float32) if path.endswith("fc2") else None
+    return LayerConfig([8] * STEPS, [0.05] * STEPS, shift)
+
+
+def model_of(name: str) -> Model:
+    transformer, dtype = MMDiT(config_named(name)), default_dtype()
+    fill_random(transformer, dtype)
+    defaults = Defaults(STEPS, GUIDANCE, 3.0, 0, 0, 0)
+    exact = Pipeline(name, "", "", None, transformer, None, defaults, dtype)
+    runtime = Runtime(Step(Schedule(SIGMAS)), backend=named("reference"))
+    codes: dict[int, dict[str, QuantizedLinear]] = {bits: {} for bits in BITS}
+    for path, linear in block_linears(transformer).items():
+        for bits in BITS:
+            grid = grid_of(path, linear.weight.shape[1])
+            layer = QuantizedLinear.from_linear(linear, bits=bits, grid=grid, runtime=runtime)
+            mx.eval(layer.parameters())
+            codes[bits][path] = layer
+    return Model(exact, codes)
+
+
+def rows_for(model: Model) -> Iterator[Row]:
+    """All that is compared, the most wanted first."""
+    kernels = [name for name in available(()).names if name != "reference"]
+    kernels.sort(key=lambda name: not name.startswith("cuda"))
+    yield Row(BASE, lambda: model.exact)
+    yield Row(
+        MLX4,
+        lambda: model.replaced(lambda linear: nn.QuantizedLinear.from_linear(linear, GROUP, 4)),
+    )
+    for bits in (4, 8):
+        yield Row(f"W{bits}A8, as chosen", lambda bits=bits: model.over(bits, None))
+        for kernel in kernels:
+            yield Row(
+                f"W{bits}A8, {kernel}", lambda bits=bits, kernel=kernel: model.over(bits, kernel)
+            )
+    yield Row("INT8 layers, scales per token", lambda: model.replaced(INT8Linear.from_linear))
+
+
+def held_bytes(transformer: MMDiT) -> int:
+    """Of all arrays that the transformer holds, also those that a kernel has made."""
+    arrays = {id(a): a for _, a in tree_flatten(transformer) if isinstance(a, mx.array)}
+    return sum(array.nbytes for array in arrays.values())
+
+
+def peak_of(call: Callable[[], mx.array]) -> int:
+    """Bytes that one step needs on top of what is there."""
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    mx.eval(call())
+    return mx.get_peak_memory() - before
+
+
+def attention_of(model: Model, tokens: int) -> Callable[[], list[mx.array]]:
+    """The joint attentions of all blocks, nothing else."""
+    config = model.exact.transformer.config
+    shape = (2, config.heads, tokens + TEXT_TOKENS, config.head_dim)
+    q, k, v = (mx.random.normal(shape).astype(model.exact.dtype) for _ in range(3))
+    mx.eval(q, k, v)
+    return lambda: [attend(q, k, v) for _ in range(config.depth)]
+
+
+def linears_of(model: Model, tokens: int) -> Callable[[], list[mx.array]]:
+    """The products of all block linears in 16 bits, nothing else."""
+    inputs: dict[tuple[bool, int], mx.array] = {}
+    calls = []
+    for path, linear in block_linears(model.exact.transformer).items():
+        text, columns = "text_transformer_block" in path, linear.weight.shape[1]
+        if (text, columns) not in inputs:
+            shape = (2, TEXT_TOKENS if text else tokens, columns)
+            inputs[text, columns] = mx.random.normal(shape).astype(model.exact.dtype)
+        calls.append((linear, inputs[text, columns]))
+    mx.eval(list(inputs.values()))
+
+    def run() -> list[mx.array]:
+        outputs = []
+        for linear, x in calls:
+            outputs.append(linear(x))
+            mx.async_eval(outputs[-1])
+            outputs = outputs[-8:]  # all of them at once would not fit everywhere
+        return outputs
+
+    return run
+
+
+def measured(model: Model, pixels: int, rounds: int, end: float) -> dict[str, Any]:
+    """All rows at one size, in turns."""
+    model.exact.defaults = Defaults(STEPS, GUIDANCE, 3.0, pixels, pixels, 0)
+    config, dtype, side = model.exact.transformer.config, model.exact.dtype, pixels // SIDE
+    tokens = (side // config.patch) ** 2
+    conditioning = Conditioning(
+        mx.random.normal((2, TEXT_TOKENS, config.text_dim)).astype(dtype),
+        mx.random.normal((2, config.pooled_dim)).astype(dtype),
+    )
+    latent = mx.random.normal((1, side, side, config.latent_channels))
+    mx.eval(latent, conditioning.text, conditioning.pooled)
+    calls: dict[str, Callable[[], mx.array]] = {}
+    found: dict[str, Any] = {"tokens": tokens, "rows": {}, "left_out": {}}
+    turn = 0.0  # seconds of all rows so far, one after the other
+    for row in rows_for(model):
+        if time.monotonic() + MAKING + (rounds + 1) * turn > end:
+            found["left_out"][row.name] = "no time was left"
+            continue
+        pipeline = row.make()
+        velocity = pipeline.velocity(conditioning, GUIDANCE)
+
+        def call(velocity: Any = velocity) -> mx.array:
+            return velocity(latent, mx.array(SIGMAS[3]))
+
+        if reason := refusal_of(lambda call=call: mx.eval(call())):
+            found["left_out"][row.name] = reason
+            continue
+        begun = time.monotonic()
+        peak, calls[row.name] = peak_of(call), call
+        turn += time.monotonic() - begun
+        layers = [m for _, m in pipeline.transformer.named_modules() if hasattr(m, "kernel")]
+        found["rows"][row.name] = {
+            "held": held_bytes(pipeline.transformer),
+            "peak": peak,
+            "kernels": {n: sum(m.kernel == n for m in layers) for n in {m.kernel for m in layers}},
+        }
+    parts = {"attention": attention_of(model, tokens), "linears": linears_of(model, tokens)}
+    timed = {name: seconds_of(call) for name, call in (calls | parts).items()}
+    seconds = in_turns(timed, rounds, warm_up=1)
+    for name, row in found["rows"].items():
+        row |= spread(seconds[name])
+        row["faster"] = 1 / ratios(seconds[name], seconds[BASE])["median"]
+    found |= {name: spread(seconds[name])["median"] for name in parts}
+    return found
+
+
+def worker(name: str, pixels: tuple[int, ...], rounds: int, seconds: float) -> dict[str, Any]:
+    end, model = time.monotonic() + seconds, model_of(name)
+    sizes = {}
+    for i, size in enumerate(pixels):
+        share = time.monotonic() + (end - time.monotonic()) / (len(pixels) - i)
+        sizes[str(size)] = measured(model, size, rounds, share)
+        gc.collect()
+        mx.clear_cache()
+    return {"dtype": str(model.exact.dtype), "kernel": cuda_int8.status(), "sizes": sizes}
+
+
+def ways() -> dict[str, dict[str, str]]:
+    """What is measured in a process of its own, and its environment."""
+    if Device.here().kind != "cuda":
+        return {"": {}}
+    return {"CUDA graphs": {VARIABLE: "1"}, "no CUDA graphs": {VARIABLE: "0"}}
+
+
+def lines_of(data: dict[str, Any]) -> list[str]:
+    lines = [
+        f"One guided step of {data['model']} (a batch of 2, {TEXT_TOKENS} text tokens, random",
+        "weights), as the pipeline runs it. Held are the transformer's arrays, peak what a step",
+        "takes on top of them; times are medians of turns, `times` the median ratio of the turns.",
+    ]
+    for way, found in data["ways"].items():
+        for pixels, size in found["sizes"].items():
+            title = ", ".join(filter(None, [f"{pixels} pixels", found["dtype"], way]))
+            lines += ["", f"## {title}", "", *table_of(size), "", *bound_of(int(pixels), size)]
+    return lines
+
+
+def table_of(size: dict[str, Any]) -> list[str]:
+    lines = ["| | ms | times 16 bits | times MLX's 4 bits | held GB | peak GB | kernels |"]
+    lines.append("|---|---:|---:|---:|---:|---:|---|")
+    for name, row in size["rows"].items():
+        four = size["rows"].get(MLX4)
+        against = f"{four['median'] / row['median']:.2f}" if four else ""
+        kernels = ", ".join(f"{count} {kernel}" for kernel, count in sorted(row["kernels"].items()))
+        lines.append(
+            f"| {name} | {1e3 * row['median']:.2f} | {row['faster']:.2f} | {against} "
+            f"| {row['held'] / 1e9:.2f} | {row['peak'] / 1e9:.2f} | {kernels} |"
+        )
+    return [*lines, *(f"\n{name} is left out: {why}." for name, why in size["left_out"].items())]
+
+
+def bound_of(pixels: int, size: dict[str, Any]) -> list[str]:
+    """What integers could gain at most, and the goals."""
+    whole, attention, linears = size["rows"][BASE]["median"], size["attention"], size["linears"]
+    rest = max(whole - linears, 1e-9)
+    lines = [
+        f"Of the 16-bit step the attentions alone take {1e3 * attention:.2f} ms, the block linears "
+        f"alone {1e3 * linears:.2f} ms. With linears twice as fast a step would be "
+        f"{whole / (rest + linears / 2):.2f} times as fast, with linears that take no time "
+        f"{whole / rest:.2f} times, with nothing but attention {whole / attention:.2f} times."
+    ]
+    codes = {n: r for n, r in size["rows"].items() if n.startswith(("W4A8", "W8A8"))}
+    if pixels in GOALS and codes and MLX4 in size["rows"]:
+        best = min(codes, key=lambda name: codes[name]["median"])
+        goals = GOALS[pixels]
+        four = size["rows"][MLX4]["median"] / codes[best]["median"]
+        lines += [
+            "",
+            f"The fastest on codes, {best}: {codes[best]['faster']:.2f} times 16 bits (goal: "
+            f"{goals[0]}), {four:.2f} times MLX's own 4 bits (goal: {goals[1]}).",
+        ]
+    return lines
+
+
+@click.command()
+@click.option("--model", default="sd3-medium", help="Shape of the transformer.")
+@click.option("--pixels", multiple=True, type=int, help="Side of the picture.  [512 and 1024]")
+@click.option("--rounds", default=7, help="How often every step is measured.")
+@click.option("--seconds", default=80.0, help="Of each process, after which rows are left out.")
+@click.option("--name", default="int8_step", help="Of the report.")
+@click.option("--dry-run", is_flag=True, help="Only print.")
+@click.option("--worker", "result", help="Measure in this process and write to that file.")
+def main(
+    model: str,
+    pixels: tuple[int, ...],
+    rounds: int,
+    seconds: float,
+    name: str,
+    dry_run: bool,
+    result: str | None,
+) -> None:
+    """Time a whole step on codes beside 16 bits."""
+    pixels = pixels or (512, 1024)
+    if result is not None:
+        Path(result).write_text(json.dumps(worker(model, pixels, rounds, seconds)))
+        return
+    begun, data = time.perf_counter(), {"machine": machine(), "model": model, "ways": {}}
+    arguments = [f"--model={model}", f"--rounds={rounds}", f"--seconds={seconds}"]
+    arguments += [f"--pixels={size}" for size in pixels]
+    for way, environment in ways().items():
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "result.json"
+            subprocess.run(
+                [sys.executable, "-m", "tools.bench_int8_step", *arguments, f"--worker={file}"],
+                env={**os.environ, **environment},
+                check=True,
+            )
+            data["ways"][way] = json.loads(file.read_text())
+    lines = lines_of(data)
+    if not dry_run:
+        write_report(name, "Whole steps on codes", data, lines)
+    click.echo("\n".join(lines))
+    click.echo(f"\n{time.perf_counter() - begun:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
