@@ -14,6 +14,7 @@ import click
 import mlx.core as mx
 
 from . import __version__, blas
+from .backends import cuda_int8, metal_int8, tuning
 from .cli import command, memory_bytes
 from .errors import UserError
 from .store import human_bytes
@@ -30,10 +31,17 @@ def report() -> dict[str, str]:
         "device": device_name(),
         "memory": total_memory(),
         "backends": ", ".join(usable_backends()),
+        "kernels": tuning.status(),
+        "integer kernels": integer_kernels(),
         "cpu BLAS": blas.describe(),
         "float32 matmul": f"{matmul_gflops():.0f} GFLOP/s on {mx.default_device()}",
         "sd3": sd3_state(),
     }
+
+
+def integer_kernels() -> str:
+    """How their self-test went, on the devices that they are for."""
+    return (metal_int8 if mx.metal.is_available() else cuda_int8).status()
 
 
 def device_name() -> str:

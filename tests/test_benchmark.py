@@ -103,6 +103,7 @@ def test_batches_without_guidance(tmp_path):
     assert any("of 21 layers" in note for note in data["notes"])
 
 
+@pytest.mark.slow
 def test_a_saved_model_stands_beside_the_one_it_was_made_from(tmp_path):
     quantized = quantized_pipeline("tiny", smoothing=True, low_rank=2, a_scale="token")
     save_model(quantized, tmp_path / "saved", made_from={}, settings={})

@@ -200,6 +200,7 @@ def test_an_interval_can_be_that_of_the_median():
     assert 30 < low < 50 < high < 70 < bootstrap_interval(values)[1]
 
 
+@pytest.mark.slow
 def test_a_few_pairs_in_folders(tmp_path, drawn):
     """PSNR and SSIM pair by pair, without FID, for which there are too few."""
     noise = np.random.default_rng(0).integers(-9, 10, drawn.shape)

@@ -66,6 +66,7 @@ def test_off_unless_it_is_asked_for(tmp_path):
         assert pipeline.hash == load_pipeline("nano").hash
 
 
+@pytest.mark.slow
 def test_every_way_to_int8_gives_the_same_picture(tmp_path, converted, latent):
     exact = np.array(load_pipeline("nano").sample([PROMPT], [0], num_steps=2))
     assert 0 < relative_error(latent, exact) < 0.05
@@ -99,6 +100,7 @@ def test_a_yaml_file_drives_a_command(tmp_path):
     assert result.returncode == 0 and "quantized 25 layers to INT8" in result.stdout
 
 
+@pytest.mark.slow
 def test_a_converted_file_is_announced(tmp_path, converted):
     for option in ("--int8_checkpoint", "--int8-checkpoint"):
         result = run_here(
@@ -153,6 +155,7 @@ def test_names_of_other_layouts_are_known(tmp_path):
     np.testing.assert_array_equal(got, drawn(Int8(use_int8=True), "tiny"))
 
 
+@pytest.mark.slow
 def test_an_evaluation_compares_with_the_sixteen_bit_self(tmp_path, converted):
     assert sixteen_bit_self("nano", Int8(use_int8=True)) == "nano"
     assert sixteen_bit_self("nano", Int8(int8_checkpoint=converted)) == "nano"
@@ -247,6 +250,7 @@ def test_saved_and_rounded_models_refuse_int8(tmp_path):
     assert_one_error_line(result, "weight track", "enabled: false", "ditq generate")
 
 
+@pytest.mark.slow
 def test_low_memory_goes_with_int8(tmp_path):
     int8 = Int8(use_int8=True)
     one, two = (

@@ -138,6 +138,7 @@ def test_kernels_that_unpack_are_refused(tmp_path):
     assert_one_error_line(result, "--low-memory", "dense", "quantized_matmul")
 
 
+@pytest.mark.slow
 def test_the_command_draws_the_same_bytes(tmp_path):
     save_model(quantized_pipeline(), tmp_path / "saved")
     for model in ("tiny", str(tmp_path / "saved")):

@@ -182,6 +182,7 @@ def test_whole_tiles_hold_every_row(rows, outputs):
     assert kernels.whole_tiles(rows) % (kernels.TILE) == 0 == kernels.TILE % kernels.ROWS_PER_GROUP
 
 
+@pytest.mark.slow
 @on_stand_in
 def test_constants_threads_and_types_of_what_mlx_compiles(stand_in):
     """128 × 128 sums by 8 simdgroups, of int8 on device pointers; whole grids of threads."""
@@ -227,6 +228,7 @@ def test_codes_are_exact(stand_in, dtype, how):
         assert check.wrong_codes((rows, columns, dtype, how)) == 0
 
 
+@pytest.mark.slow
 @on_stand_in
 def test_each_rows_own_grid_and_what_is_no_number(stand_in):
     """A batch of two noise levels, with a shift each; NaN and infinity stay in their rows."""
@@ -297,6 +299,7 @@ WRONG = {
 }
 
 
+@pytest.mark.slow
 @on_stand_in
 @pytest.mark.parametrize("fault", WRONG)
 def test_a_kernel_that_is_wrong_or_does_not_compile_is_not_used(stand_in, monkeypatch, fault):
@@ -348,6 +351,7 @@ def test_a_test_that_was_interrupted_is_begun_again(stand_in, monkeypatch):
     assert not record_file().exists()
 
 
+@pytest.mark.slow
 @on_stand_in
 def test_without_a_place_to_remember_it_is_used_all_the_same(stand_in):
     record_file().parent.parent.mkdir(parents=True, exist_ok=True)
@@ -378,6 +382,7 @@ def test_the_backend_gives_what_the_reference_gives(tested, rows, bits):
     assert np.isnan(np.array(got)).sum() == 256
 
 
+@pytest.mark.slow
 @on_stand_in
 @pytest.mark.parametrize("bias", [False, True])
 def test_layers_are_the_references_bit_for_bit_but_for_the_biass_rounding(tested, bias):

@@ -100,6 +100,7 @@ def test_it_runs_as_a_users_process(work):
     assert result.stdout.splitlines()[-1].startswith("2 samples are in process, ")
 
 
+@pytest.mark.slow
 def test_inputs_are_quantized_as_told(work):
     """Nothing, the track's own grid, values, changes: four different pictures."""
     ways = {

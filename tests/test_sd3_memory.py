@@ -54,6 +54,7 @@ def test_more_pixels_take_more():
     assert step_bytes(config, 512, 512, fused_attention=False) > step_bytes(config, 512, 512)
 
 
+@pytest.mark.slow
 def test_the_table_has_every_model_size_and_precision():
     lines = table()
     assert len(lines) == 2 + 3 * 2 * 2

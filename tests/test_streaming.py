@@ -63,6 +63,7 @@ def test_all_but_the_blocks_that_stay_move(depth, keep):
     assert not moving or not gaps or max(gaps) - min(gaps) <= 1  # evenly spread
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("from_file", [True, False])
 @pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize("keep", [1, 2, 5, 8, 20])
@@ -156,6 +157,7 @@ def test_what_cannot_be_streamed_is_refused(tmp_path):
     assert_one_error_line(result, "--blocks_in_memory 2 needs --enable_block_swap")
 
 
+@pytest.mark.slow
 def test_the_command_draws_the_same_bytes(tmp_path):
     one, two = (
         generate(PROMPTS, tmp_path / "x.png", num_steps=2, blocks_in_memory=keep)

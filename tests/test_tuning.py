@@ -221,6 +221,7 @@ def test_a_file_that_is_no_use_is_left_aside_with_a_note(afresh, capsys, content
     assert noted.count("\n") == 1 and "ditq tune" in tuning.status()
 
 
+@pytest.mark.slow
 def test_tune_measures_and_the_next_process_reads_it(tmp_path):
     """The real command, with few sizes."""
     sizes = ["--shape", "96x64", "--rows", "3", "--rows", "40", "--rounds", "2"]
@@ -273,6 +274,7 @@ def test_bad_input_is_one_error_line(arguments, words, tmp_path):
     assert not output.exists()
 
 
+@pytest.mark.slow
 def test_a_file_that_cannot_be_written_is_one_error_line(tmp_path):
     sizes = ["--shape", "32x32", "--rows", "1", "--rounds", "1"]
     assert_one_error_line(run_here("src.tune", *sizes, "--output", str(tmp_path)), str(tmp_path))

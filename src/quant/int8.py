@@ -17,8 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..backends import BACKENDS, Backend, Device, named, select
-from ..backends.cuda_int8 import CudaInt8
-from ..backends.cuda_int8_kernels import InputGrid, column_table
+from ..backends.fusing import Fusing, InputGrid
 from ..backends.weight import PACKED_COLUMNS
 from ..errors import UserError
 from .grid import SMALLEST_SCALE, activation_limit, dequantize
@@ -129,9 +128,13 @@ class INT8LinearFunction:
         weight = checked_weight(w_int8, w_scale, x.shape[-1])
         chosen, dtype = backend_for(backend, x.size // weight.columns, weight, x.dtype)
         operand = chosen.prepare(weight, dtype, LIMIT)
-        if isinstance(chosen, CudaInt8) and chosen.fuses(operand) and x.dtype != mx.float32:
+        if isinstance(chosen, Fusing) and chosen.fuses(operand) and x.dtype != mx.float32:
             grid = InputGrid(mx.ones(1), mx.array([float(LIMIT)]), per_token=True)
-            return chosen.linear(x, grid, operand, column_table(w_scale[:, 0], bias)[0])
+            row = None
+            if bias is not None:
+                row = chosen.bias_table(operand, bias.astype(mx.float32)[None])[0]
+            y = chosen.product(chosen.quantize(x, grid), operand, x.dtype, row)
+            return y.reshape(*x.shape[:-1], len(w_int8))
         codes, factor = INT8Quantizer.quantize_per_token(x)
         y = chosen.multiply(codes, factor, operand)
         if bias is not None:
@@ -282,7 +285,8 @@ def backend_for(
     # On the CPU 16-bit products are slow.
     dtype = mx.float32 if device.kind == "cpu" else dtype
     if name == AUTO:
-        name = select(device, rows, len(weight.bytes), weight.columns).name
+        shape, integers = (len(weight.bytes), weight.columns), weight.groups == 1
+        name = select(device, rows, *shape, integers=integers).name
         name = name if packable(name, weight) else UNPACK
     check_packable(name, weight)
     # What is unpacked once and kept would take as much memory as the floats did.
