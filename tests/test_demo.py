@@ -56,6 +56,8 @@ def test_ctrl_c_during_the_tracks_leaves_nothing_behind_and_is_gone_on_from(tmp_
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        # What was started in a shell's background is deaf to Ctrl-C, and so are its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     for line in process.stdout:
         if "|" in line:  # a track has said something
