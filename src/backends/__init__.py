@@ -7,12 +7,13 @@ outputs.
 """
 
 from .device import Device
-from .select import BACKENDS, Backend, choose, idle, named, select
+from .select import BACKENDS, UNPACKING, Backend, choose, idle, named, select, select_ready
 from .weight import MLX_BITS, Weight
 
 __all__ = [
     "BACKENDS",
     "MLX_BITS",
+    "UNPACKING",
     "Backend",
     "Device",
     "Weight",
@@ -20,4 +21,5 @@ __all__ = [
     "idle",
     "named",
     "select",
+    "select_ready",
 ]

@@ -44,8 +44,7 @@ BACKENDS: dict[str, Backend] = {
     )
 }
 
-# What takes the place of one that keeps weights unpacked.
-KEEPING = {"dense": "unpack", "cuda_int8": "cuda_int8_packed", "metal_int8": "quantized_matmul"}
+UNPACKING = ("dense", "cuda_int8", "metal_int8")  # these keep more than the packed codes
 
 
 def named(name: str) -> Backend:
@@ -55,18 +54,22 @@ def named(name: str) -> Backend:
     return BACKENDS[name]
 
 
-def select(
-    device: Device, rows: int, N: int, K: int, *, integers: bool = True, packed: bool = False
-) -> Backend:
+def select(device: Device, rows: int, N: int, K: int, *, integers: bool = True) -> Backend:
     """The backend for (rows, K) inputs of an (N, K) weight on that device.
 
     Without `integers`, inputs are floats or scales are those of groups, which integer kernels do
-    not take; with `packed`, nothing may be kept beside the codes.
+    not take.
     """
     name = chosen(table_for(device, integers), rows, N, K)
     if name == "metal_int8" and not metal_int8.takes(N, K):
         name = chosen(table_for(device, integers=False), rows, N, K)
-    return named(KEEPING.get(name, name) if packed else name)
+    return named(name)
+
+
+def select_ready(device: Device, rows: int, N: int, K: int, *, integers: bool = True) -> Backend:
+    """The same among those that do not leave all products to others."""
+    backend = select(device, rows, N, K, integers=integers)
+    return select(device, rows, N, K, integers=False) if idle(backend) else backend
 
 
 def choose(weight: Weight, rows: int, largest: int | None) -> Backend:
@@ -74,8 +77,7 @@ def choose(weight: Weight, rows: int, largest: int | None) -> Backend:
     floats (None)."""
     device, shape = Device.here(), (len(weight.scales), weight.columns)
     integers = not cuda_int8.refusal(weight, largest)
-    backend = select(device, rows, *shape, integers=integers)
-    return select(device, rows, *shape, integers=False) if idle(backend) else backend
+    return select_ready(device, rows, *shape, integers=integers)
 
 
 def idle(backend: Backend) -> str:

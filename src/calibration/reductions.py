@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache, partial
+from functools import partial
 
 import mlx.core as mx
 import numpy as np
@@ -21,15 +21,12 @@ Reduced = tuple[mx.array, mx.array]
 Sample = dict[str, np.ndarray]  # name of a statistic to its values, for one input and sample
 
 
-@lru_cache
 def reduction(samples: int, centred: bool) -> Callable[[mx.array], Reduced]:
     """The reductions of an input as this device does them best, for `samples_of` to read."""
     if mx.default_device() == mx.Device(mx.cpu):
         return partial(reduce_input, samples=samples, centred=centred, counts=numbers)
-    if mx.cuda.is_available():
-        return partial(reduce_on_cuda, samples=samples, centred=centred)
-    # Compiled once for all inputs of a shape.
-    return mx.compile(partial(reduce_input, samples=samples, centred=centred))
+    by = reduce_on_cuda if mx.cuda.is_available() else reduce_input
+    return partial(by, samples=samples, centred=centred)
 
 
 def numbers(values: mx.array) -> mx.array:

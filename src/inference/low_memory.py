@@ -15,6 +15,7 @@ from pathlib import Path
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
+from ..backends import UNPACKING
 from ..errors import UserError
 from ..models.mmdit import MMDiT
 from ..models.paths import MODULATION
@@ -24,7 +25,6 @@ from ..quant.schedule import SAME_SIGMA
 from ..store import load_tensors, require_space, save_tensors
 
 KERNEL = "quantized_matmul"  # keeps nothing but the packed codes
-UNPACKING = ("dense", "cuda_int8", "metal_int8")  # kernels that keep weights unpacked
 # What nothing but the modulation reads.
 EMBEDDERS = ("y_embedder", "t_embedder")
 
@@ -50,8 +50,7 @@ def low_memory(pipeline: Pipeline, reread: Reread | None = None) -> Iterator[Non
             yield
         finally:
             pipeline.modulate_ahead = None
-            ahead.release()
-            mx.eval(released_tensors(transformer))
+            ahead.release()  # read again when they are needed, if the file is gone by then too
 
 
 def check_kernels(transformer: MMDiT) -> None:

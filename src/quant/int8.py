@@ -16,7 +16,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..backends import BACKENDS, Backend, Device, named, select
+from ..backends import BACKENDS, Backend, Device, named, select_ready
 from ..backends.fusing import Fusing, InputGrid
 from ..backends.weight import PACKED_COLUMNS
 from ..errors import UserError
@@ -286,7 +286,7 @@ def backend_for(
     dtype = mx.float32 if device.kind == "cpu" else dtype
     if name == AUTO:
         shape, integers = (len(weight.bytes), weight.columns), weight.groups == 1
-        name = select(device, rows, *shape, integers=integers).name
+        name = select_ready(device, rows, *shape, integers=integers).name
         name = name if packable(name, weight) else UNPACK
     check_packable(name, weight)
     # What is unpacked once and kept would take as much memory as the floats did.

@@ -130,7 +130,7 @@ class RectifiedSigmoid:
         free = (stretched > 0) & (stretched < 1) & (layer.base >= low) & (layer.base < high)
         slope = (STRETCH_HIGH - STRETCH_LOW) * known * (1 - known) * free
         signed = 2 * stretched - 1
-        penalty = signed * mx.power(mx.abs(signed), power - 2)
+        penalty = mx.sign(signed) * mx.power(mx.abs(signed), power - 1)
         return slope * (per_step - (2 * reg * power) * penalty)
 
 
