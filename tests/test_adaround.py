@@ -105,6 +105,16 @@ def test_sigmoid_gradient_is_that_of_loss_and_regulariser(seed, power):
     assert mx.allclose(got, mx.grad(loss)(alpha), rtol=1e-3, atol=1e-4).item()
 
 
+@pytest.mark.parametrize("power", [1.1, 1.5, 2.0])
+def test_the_gradient_is_finite_in_the_middle_also_below_the_square(power):
+    alpha = mx.array([[0.0, 3e-8, -1e-8]])
+    method, layer = RectifiedSigmoid(4), Layer(mx.ones((1, 1)), mx.zeros((1, 3)))
+    _, known = method.steps(alpha, layer)
+    pull = mx.zeros((1, 3))
+    got = method.gradient(known, layer, pull, mx.array(0.3), mx.array(power))
+    assert mx.isfinite(got).all().item()
+
+
 def test_regulariser_is_0_when_decided_and_1_when_not():
     assert regulariser(mx.full((4,), 20.0), 5.0).item() == pytest.approx(0)
     assert regulariser(mx.full((4,), -20.0), 5.0).item() == pytest.approx(0)
