@@ -9,7 +9,6 @@ from typing import Any
 
 import click
 
-from .backends import BACKENDS
 from .cli import command, peak_memory_bytes
 from .errors import UserError
 from .evaluation.networks import Network, network
@@ -22,6 +21,7 @@ from .inference.options import int8_options
 from .inference.saved import is_saved
 from .model_options import model_options
 from .models.load import MODELS, SD3, Model, ModelChoice
+from .quant.int8 import BACKEND_NAMES
 from .store import hash_file, human_bytes
 
 PICTURES = "a folder of pictures"
@@ -54,14 +54,17 @@ def evaluate(
     check_target(Path(output), statistics, force)
     eyes = network(inception)
     found = open_found(pictures, model, drawn, seed)
-    name = own_reference(found, drawn.int8) if against is None else str(against)
+    named = own_reference(found, drawn.int8) if against is None else str(against)
+    reference = None if named is None else beside(named, model)
     reference_seed = seed if against_seed is None else against_seed
-    other = None if name is None else open_against(name, eyes, drawn, found, reference_seed)
+    other = (
+        None if reference is None else open_against(reference, eyes, drawn, found, reference_seed)
+    )
     evaluation = prepare(found, other, eyes, settings, statistics is not None)
     for note in evaluation.notes:
         click.echo(f"note: {note}", err=True)
     run(evaluation, eyes)
-    data = figures_of(evaluation, None if other is None else described(other, name))
+    data = figures_of(evaluation, None if other is None else described(other, reference))
     write_all(evaluation, data, Path(output))
     if statistics is not None:
         evaluation.found.statistics.save(statistics)
@@ -72,13 +75,15 @@ def open_found(
     pictures: str | Path | None, model: Model | None, order: Order, seed: int
 ) -> Folder | Drawing:
     """What is to be judged."""
+    if isinstance(model, ModelChoice) and model.name is None and pictures is not None:
+        model = None  # its checkpoint is for --against
     if (pictures is None) == (model is None):
         raise UserError(f"give either --pictures, {PICTURES}, or --model, {MODEL}")
     return open_folder(Path(pictures)) if model is None else order.open(model, seed)
 
 
-def own_reference(found: Folder | Drawing, int8: Int8 = OFF) -> str | None:
-    """The 16-bit model that a quantized one was made from, if its name is known."""
+def own_reference(found: Folder | Drawing, int8: Int8 = OFF) -> Model | None:
+    """The 16-bit model that a quantized one was made from, if it is known."""
     if isinstance(found, Folder) or not is_saved(found.model):
         return None if isinstance(found, Folder) else sixteen_bit_self(found.model, int8)
     if found.pipeline.name not in MODELS:
@@ -90,36 +95,37 @@ def own_reference(found: Folder | Drawing, int8: Int8 = OFF) -> str | None:
 
 
 def open_against(
-    name: str, eyes: Network, order: Order, found: Folder | Drawing, seed: int
+    reference: Model, eyes: Network, order: Order, found: Folder | Drawing, seed: int
 ) -> Folder | Drawing | Known:
     """What the pictures are compared with; a model draws the same prompts in as many steps."""
-    if is_statistics(name):
-        return load_statistics(Path(name), eyes.identity)
-    if not is_model(name):
-        return open_folder(Path(name))
+    if is_statistics(reference):
+        return load_statistics(Path(reference), eyes.identity)
+    if not is_model(reference):
+        return open_folder(Path(reference))
     count = len(found.names)
     steps, weight = order.num_steps, order.cfg_weight
     if isinstance(found, Drawing):
         steps, weight = found.num_steps, found.cfg_weight
     elif order.num_images is not None:
         count = order.num_images
-    other = Order(order.prompts, count, steps, weight).open(beside(name, found), seed)
+    other = Order(order.prompts, count, steps, weight).open(reference, seed)
     if isinstance(found, Drawing):
         other.pipeline.resize(*found.size)
     return other
 
 
-def beside(name: str, found: Folder | Drawing) -> Model:
-    """A Stable Diffusion 3 is read from the checkpoint of the model that it is compared with."""
-    if isinstance(found, Drawing) and isinstance(found.model, ModelChoice) and name in SD3:
-        return replace(found.model, name=name)
-    return name
+def beside(reference: Model, model: Model | None) -> Model:
+    """A Stable Diffusion 3 is read from the checkpoint that was given with --model or by itself."""
+    if isinstance(model, ModelChoice) and reference in SD3:
+        return replace(model, name=reference)
+    return reference
 
 
-def described(other: Folder | Drawing | Known, name: str) -> dict[str, Any]:
+def described(other: Folder | Drawing | Known, reference: Model) -> dict[str, Any]:
     """What the pictures were compared with."""
     if isinstance(other, Known):
-        return {"statistics": name, "sha256": hash_file(name), "count": other.count}
+        statistics = str(reference)
+        return {"statistics": statistics, "sha256": hash_file(statistics), "count": other.count}
     return other.described()
 
 
@@ -138,7 +144,7 @@ def described(other: Folder | Drawing | Known, name: str) -> dict[str, Any]:
 @click.option("--against-seed", type=int, help="Of the model --against.  [the same: pairs]")
 @click.option("--num-steps", type=int, help="Sampling steps.  [the model's]")
 @click.option("--cfg-weight", type=float, help="Guidance; 0 turns it off.  [the model's]")
-@click.option("--kernel", help=f"Of a quantized model: {', '.join(BACKENDS)}.  [the fastest]")
+@click.option("--kernel", help=f"Of a quantized model: {', '.join(BACKEND_NAMES)}.  [the fastest]")
 @click.option("--dtype", help=f"Of --model: {' or '.join(DTYPES)}.  [the device's]")
 @click.option("--batch-size", default=16, help="Pictures at once.")
 @click.option("--splits", type=int, help=f"Parts for the Inception Score.  [{SPLITS}]")

@@ -11,12 +11,12 @@ import click
 
 from .cli import Bar, command, peak_memory_bytes
 from .errors import UserError
-from .inference.int8 import OFF, Int8, open_with_int8
+from .inference.int8 import OFF, Int8, open_with_int8, reread_of
 from .inference.low_memory import KERNEL
 from .inference.low_memory import low_memory as lowered
 from .inference.options import int8_options, streaming_options
-from .inference.saved import check_sigmas, is_saved, reread_saved
-from .inference.streaming import streaming
+from .inference.saved import check_sigmas, is_saved
+from .inference.streaming import check_request, streamed
 from .model_options import model_options
 from .models.load import MODELS, Model
 from .report.picture import write_picture
@@ -46,6 +46,9 @@ def generate(
 
     With `blocks_in_memory` the transformer's other blocks are read when their turn comes.
     """
+    streams = blocks_in_memory is not None
+    if streams:
+        check_request(model, blocks_in_memory, low_memory)
     paths = output_paths(Path(output), len(prompts))
     require_writable(paths[0].parent)
     if low_memory and kernel is None and is_saved(model):
@@ -53,10 +56,10 @@ def generate(
     pipeline = open_with_int8(model, kernel=kernel, int8=int8)
     check_sigmas(pipeline.transformer, pipeline.sigmas(num_steps)[:-1].tolist())
     seeds = [seed + i for i in range(len(prompts))]
-    reread = reread_saved(model) if is_saved(model) else None
+    reread = reread_of(model, int8) if low_memory or streams else None
     with (
         lowered(pipeline, reread) if low_memory else nullcontext(),
-        streaming(pipeline, blocks_in_memory, model, int8),
+        streamed(pipeline, blocks_in_memory, reread) if streams else nullcontext(),
     ):
         latent = pipeline.sample(
             prompts,

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
-from .models.load import MODELS, ModelChoice
+from .inference.saved import is_saved
+from .models.load import MODELS, SD3, ModelChoice
 from .models.sd3_text import Text
 
 CHECKPOINT_VARIABLE = "DITQ_CHECKPOINT"
@@ -32,7 +34,12 @@ def model_options(
             **options: Any,
         ) -> Any:
             text = Text(t5, quantize_text_encoders and int(quantize_text_encoders))
-            return command(*arguments, model=choice(model, checkpoint, text, default), **options)
+            source = click.get_current_context().get_parameter_source
+            if checkpoint is not None and source("model") is ParameterSource.DEFAULT:
+                model = None  # the checkpoint tells
+            elif source("checkpoint") is ParameterSource.ENVIRONMENT and not takes_parts(model):
+                checkpoint = None  # it is for all commands at once, and this model is another
+            return command(*arguments, model=choice(model, checkpoint, text), **options)
 
         text_options = [T5, QUANTIZE] if encodes else []
         named = click.option(
@@ -45,14 +52,15 @@ def model_options(
     return decorate
 
 
-def choice(
-    model: str | None, checkpoint: str | None, text: Text, default: str | None = None
-) -> str | ModelChoice | None:
+def takes_parts(model: str) -> bool:
+    """Whether a checkpoint may have what the model is read from."""
+    return model in SD3 or is_saved(model)
+
+
+def choice(model: str | None, checkpoint: str | None, text: Text) -> str | ModelChoice | None:
     """A name as it is, and more than a name only where more was said."""
     if checkpoint is None and text == Text():
         return model
-    if checkpoint is not None and model == default:
-        model = None  # the checkpoint tells
     return ModelChoice(model, None if checkpoint is None else Path(checkpoint), text)
 
 

@@ -8,13 +8,16 @@ from pathlib import Path
 from src.errors import UserError
 from src.evaluate import evaluate
 from src.evaluation.networks import Features, Identity, ScorerNetwork
+from src.evaluation.sources import is_model
 from src.evaluation.statistics import Statistics, load_statistics
 from src.metrics.fidelity import bootstrap_interval
 from src.metrics.inception_score import InceptionScore
 from src.metrics.psnr import psnr
 from src.metrics.ssim import ssim
+from src.models.load import ModelChoice
 from src.models.nano.render import render
 from src.models.nano.scenes import sample_scenes
+from src.quant.int8 import BACKEND_NAMES
 from src.store import save_npz
 
 import mlx.core as mx
@@ -339,3 +342,39 @@ def test_bad_input_is_one_line_and_nothing_is_written(tmp_path, drawn, arguments
     result = run_here("src.evaluate", *arguments.split(), cwd=tmp_path)
     assert_one_error_line(result, *words)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b", "empty", "small"]
+
+
+def test_pictures_are_judged_whatever_checkpoint_the_environment_has(tmp_path, drawn, monkeypatch):
+    monkeypatch.setenv("DITQ_CHECKPOINT", str(tmp_path / "absent.safetensors"))
+    for name in ("a", "b"):
+        write_pictures(tmp_path / name, drawn[:2])
+    base = ("src.evaluate", "--pictures", "a", "--no-fid")
+    result = run_here(*base, "--against", "b", "--splits", "3", cwd=tmp_path)
+    assert_one_error_line(result, "--splits 3 is more than the 2")
+    result = run_here(*base, "--no-t5", "--against", "b", "--splits", "3", cwd=tmp_path)
+    assert_one_error_line(result, "--splits 3 is more than the 2")
+
+
+def test_a_checkpoint_may_be_that_of_the_model_to_compare_with(tmp_path, drawn):
+    write_pictures(tmp_path / "a", drawn[:2])
+    result = run_here(
+        "src.evaluate", "--pictures", "a", "--against", "sd3-medium", "--checkpoint", "absent",
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert_one_error_line(result, "--checkpoint absent does not exist")
+
+
+def test_models_are_told_from_folders_of_pictures(tmp_path, drawn):
+    """A saved Stable Diffusion 3 has its config.json in transformer/."""
+    write_pictures(tmp_path / "a", drawn[:1])
+    (tmp_path / "saved" / "transformer").mkdir(parents=True)
+    (tmp_path / "saved" / "transformer" / "config.json").write_text('{"ditq": {}}')
+    assert is_model("nano") and is_model(str(tmp_path / "saved"))
+    assert is_model(ModelChoice("sd3-medium", Path("a.safetensors")))
+    assert is_model(ModelChoice(None, Path("a.safetensors")))
+    assert not is_model(str(tmp_path / "a"))
+
+
+def test_the_help_names_every_kernel():
+    help = " ".join(run_here("src.evaluate", "--help").stdout.split())
+    assert ", ".join(BACKEND_NAMES) in help

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from contextlib import nullcontext
 from pathlib import Path
 
 from src.errors import UserError
 from src.generate import generate
+from src.inference.export import save_model
 from src.inference.low_memory import KERNEL, low_memory
 from src.models.load import load_pipeline
 from src.sampling import Noise, denoise
@@ -213,3 +215,35 @@ def test_without_mlx_the_import_ends_with_a_hint(tmp_path):
         result = run(module, cwd=tmp_path, PYTHONPATH=path)
         words = ["MLX", "libmlx.so"] + ([] if sys.platform == "darwin" else ["[cpu]", "[cuda]"])
         assert_one_error_line(result, *words)
+
+
+def test_a_checkpoint_in_the_environment_is_for_stable_diffusion_3(tmp_path, monkeypatch):
+    """A model that is named stays that model, be it the default's name."""
+    monkeypatch.setenv("DITQ_CHECKPOINT", str(tmp_path / "absent.safetensors"))
+    base = ("src.generate", "--prompt", PROMPT, "--steps", "1")
+    for name in ("nano", "tiny"):
+        result = run_here(*base, "--model", name, "--output", f"{name}.png", cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+        assert Image.open(tmp_path / f"{name}.png").text["model"] == name
+    for more in ((), ("--model", "sd3-medium")):
+        assert_one_error_line(run_here(*base, *more, cwd=tmp_path), "absent.safetensors does not")
+    given = ("--model", "nano", "--checkpoint", "absent.safetensors")
+    assert_one_error_line(run_here(*base, *given, cwd=tmp_path), "nano has its own weights")
+
+
+def test_a_models_name_is_that_model_also_beside_a_folder_of_that_name(tmp_path):
+    save_model(quantized_pipeline(), tmp_path / "nano")
+    result = run_here(
+        "src.generate", "--model", "nano", "--low-memory", "--prompt", PROMPT, "--steps", "1",
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert Image.open(tmp_path / "picture.png").text["model"] == "nano"
+
+
+def test_low_memory_writes_nothing_that_is_on_disk_already(tmp_path, monkeypatch):
+    full = shutil.disk_usage(tmp_path)._replace(free=0)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
+    generate([PROMPT], tmp_path / "x.png", num_steps=1, low_memory=True)
+    with pytest.raises(UserError, match="the modulation, for a while,"):
+        generate([PROMPT], tmp_path / "x.png", model="tiny", num_steps=1, low_memory=True)

@@ -272,3 +272,32 @@ def test_what_is_read_again_is_what_the_model_has(converted, tmp_path):
             np.array(tensors[f"{path}.weight"]).astype(np.float32),
         )
     assert reread_of("nano", Int8(use_int8=True)) is None and reread_of("tiny") is None
+
+
+def test_a_saved_model_is_read_again_from_its_folder(tmp_path):
+    from src.inference.export import save_model
+
+    from .quantized_models import quantized_pipeline
+
+    pipeline = quantized_pipeline()
+    save_model(pipeline, tmp_path / "saved")
+    tensors = reread_of(str(tmp_path / "saved"))()
+    path = f"{BLOCKS}.0.image_transformer_block.mlp.fc1"
+    assert tensors[f"{path}.weight"].dtype == mx.uint32
+
+
+def test_a_converted_folder_is_hashed_wherever_its_files_lie(tmp_path):
+    """As the tensors are found in transformer/ too."""
+    tiny = load_pipeline("tiny").transformer
+    save_tensors(tmp_path / "a.safetensors", to_stability(tiny))
+    hashes = set()
+    for scheme in ("per-channel", "blockwise"):
+        folder = tmp_path / scheme / "transformer"
+        folder.mkdir(parents=True)
+        convert_to_int8(
+            tmp_path / "a.safetensors", folder / "model.safetensors",
+            scheme=scheme, min_features=1, quiet=True,
+        )  # fmt: skip
+        int8 = Int8(int8_checkpoint=folder.parent)
+        hashes.add(open_with_int8("tiny", int8=int8, tell=lambda line: None).hash)
+    assert len(hashes) == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 from dataclasses import replace
 
 from src.errors import UserError
@@ -149,12 +150,31 @@ def test_what_cannot_be_streamed_is_refused(tmp_path):
     with low_memory(pipeline), pytest.raises(UserError, match="--low-memory .*give one of them"):
         with streamed(pipeline, 1):
             pass
-    save_model(quantized_pipeline(), tmp_path / "saved")
     base = ("src.generate", "--prompt", PROMPTS[0], "--steps", "1")
-    result = run_here(*base, "--model", "saved", "--enable_block_swap", cwd=tmp_path)
-    assert_one_error_line(result, "4-bit codes", "--low-memory")
     result = run_here(*base, "--blocks_in_memory", "2", cwd=tmp_path)
     assert_one_error_line(result, "--blocks_in_memory 2 needs --enable_block_swap")
+
+
+def test_what_is_known_before_is_refused_before_the_model_is_opened(tmp_path):
+    """None of these models could be opened."""
+    base = ("src.generate", "--prompt", PROMPTS[0], "--enable_block_swap")
+    result = run_here(*base, "--model", "absent", "--blocks_in_memory", "0", cwd=tmp_path)
+    assert_one_error_line(result, "--blocks_in_memory 0 is not possible")
+    result = run_here(*base, "--model", "absent", "--low-memory", cwd=tmp_path)
+    assert_one_error_line(result, "--low-memory", "give one of them")
+    save_model(quantized_pipeline(), tmp_path / "saved")
+    (tmp_path / "saved" / "model.safetensors").unlink()
+    result = run_here(*base, "--model", "saved", cwd=tmp_path)
+    assert_one_error_line(result, "saved has packed codes", "--low-memory")
+
+
+def test_no_temporary_folder_where_there_is_a_file_to_read(tmp_path, monkeypatch):
+    pipeline = load_pipeline("tiny")
+    path = tmp_path / "a.safetensors"
+    save_tensors(path, dict(tree_flatten(pipeline.transformer.parameters())))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "absent"))
+    with streamed(pipeline, 1, lambda: mx.load(str(path))):
+        pipeline.sample(PROMPTS[:1], [0], num_steps=1)
 
 
 @pytest.mark.slow

@@ -13,9 +13,9 @@ from PIL import Image
 
 from ..errors import UserError
 from ..inference.int8 import OFF, Int8, int8_layers, open_with_int8
-from ..inference.saved import check_sigmas
+from ..inference.saved import check_sigmas, is_saved
 from ..metrics.fidelity import KeepSteps
-from ..models.load import MODELS, Model
+from ..models.load import MODELS, Model, ModelChoice
 from ..models.pipeline import Pipeline
 from ..models.prompts import load_prompts
 from ..sampling import Noise, Step, uses_guidance
@@ -220,10 +220,12 @@ class Order:
         return drawing
 
 
-def is_model(name: str) -> bool:
-    """Whether it names a model, rather than a folder of pictures."""
-    return name in MODELS or (Path(name) / "config.json").is_file()
+def is_model(source: Model) -> bool:
+    """Whether it is a model, rather than a folder of pictures."""
+    if isinstance(source, ModelChoice) or source in MODELS:
+        return True
+    return (Path(source) / "config.json").is_file() or is_saved(source)
 
 
-def is_statistics(name: str) -> bool:
-    return Path(name).suffix.lower() == STATISTICS
+def is_statistics(source: Model) -> bool:
+    return isinstance(source, str) and Path(source).suffix.lower() == STATISTICS

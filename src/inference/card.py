@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 HEAD = """\
@@ -16,13 +16,13 @@ tags:
 """
 
 MLX = """\
-`model.safetensors` is in MLX's affine packing, so MLX's own layers read it:
+`{folder}model.safetensors` is in MLX's affine packing, so MLX's own layers read it:
 
 ```python
 import json, mlx.core as mx, mlx.nn as nn
 
-config = json.load(open("config.json"))["quantization"]
-tensors = mx.load("model.safetensors")
+config = json.load(open("{folder}config.json"))["quantization"]
+tensors = mx.load("{folder}model.safetensors")
 path = "{path}"
 rows, words = tensors[f"{{path}}.weight"].shape
 kind = config.get(path, config)
@@ -33,14 +33,19 @@ names = ("weight", "scales", "biases", "bias")
 layer.load_weights([(name, tensors[f"{{path}}.{{name}}"]) for name in names])
 ```
 
-A layer that has a `shift` or a `smoothing` in `ditq.safetensors` expects (x - shift) / smoothing.
+A layer that has a `shift` or a `smoothing` in `{folder}ditq.safetensors` expects
+(x - shift) / smoothing.
 """
 
 
 def model_card(
-    name: str, details: Mapping[str, Any], table: Mapping[str, Any], parts: Sequence[str]
+    name: str, details: Mapping[str, Any], table: Mapping[str, Any], whole: bool, folder: str = ""
 ) -> str:
-    """README.md: what the model is, how it was made and how it runs."""
+    """README.md: what the model is, how it was made and how it runs.
+
+    `whole` is whether text encoders and VAE travel along; `folder` is where the transformer lies,
+    such as "transformer/".
+    """
     made_from, layers = details["made_from"], details["layers"]
     whole = f"{table['bits']}-bit weights in {len(layers)} layers"
     inputs = "activations in floats"
@@ -51,14 +56,14 @@ def model_card(
     lines = [HEAD, f"# {name}", ""]
     lines += [f"{made_from['model']}, quantized by ditq: {whole}, {inputs}"]
     lines[-1] += f"{modulation}."
-    if parts:
+    if whole:
         lines += ["", "```sh", 'ditq generate --model . --prompt "..." --output picture.png', "```"]
     else:
         lines += ["", "The folder holds the transformer only, without text encoders and VAE."]
     lines += ["", "## Made from", "", "| | |", "|---|---|"]
     lines += [f"| {key} | {value} |" for key, value in sorted(made_from.items())]
     lines += [f"| {key} | {value} |" for key, value in sorted(details["settings"].items())]
-    lines += ["", "## With MLX alone", "", MLX.format(path=next(iter(layers)))]
+    lines += ["", "## With MLX alone", "", MLX.format(path=next(iter(layers)), folder=folder)]
     return "\n".join(lines)
 
 

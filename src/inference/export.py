@@ -16,7 +16,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from ..errors import UserError
 from ..models.mmdit import MMDiT
 from ..models.nano.assembly import CaptionEncoder
 from ..models.pipeline import Pipeline
-from ..models.sd3_save import save_companions
+from ..models.sd3_save import companion_bytes, save_companions
 from ..models.sd3_text import SD3TextEncoder
 from ..quant.linear import QuantizedLinear
 from ..quant.stored import StoredLayer, store_layer
@@ -77,8 +77,9 @@ def save_stable_diffusion(
 ) -> Path:
     """One folder a component, as diffusers has them."""
     with new_folder(folder, force) as partial:
-        inner = partial / TRANSFORMER
-        save_parts(pipeline.transformer, {}, inner, described, False)
+        more = companion_bytes(pipeline.encode_text, pipeline.codec)
+        beside, inner = Beside(folder.resolve().name, more), partial / TRANSFORMER
+        save_parts(pipeline.transformer, {}, inner, described, False, beside)
         os.replace(inner / CARD, partial / CARD)
         save_companions(pipeline.encode_text, pipeline.codec, partial)
         (partial / f".{TRANSFORMER}.lock").unlink(missing_ok=True)
@@ -106,19 +107,30 @@ def companions(pipeline: Pipeline) -> dict[str, nn.Module]:
     return {"text_encoder": pipeline.encode_text.encoder, "codec": pipeline.codec}
 
 
+@dataclass(frozen=True)
+class Beside:
+    """What a transformer's folder will lie beside, in the folder of the whole model."""
+
+    title: str  # the model's
+    bytes: int
+
+
 def save_parts(
     transformer: MMDiT,
     parts: Mapping[str, nn.Module],
     folder: Path,
     described: Mapping[str, Any],
     force: bool,
+    beside: Beside | None = None,
 ) -> Path:
     layers = quantized_layers(transformer)
     if not layers:
         raise UserError("the model has no quantized layer; there is nothing to save")
     tensors, own = transformer_tensors(transformer, layers)
     needed = sum(t.nbytes for t in [*tensors.values(), *own.values()])
-    require_space(folder.parent, needed, f"the model for {folder}")
+    title = folder.resolve().name if beside is None else beside.title
+    needed += 0 if beside is None else beside.bytes
+    require_space(folder.parent, needed, f"the model {title}")
     with new_folder(folder, force) as partial:
         save_folder(partial, tensors)
         save_tensors(partial / OWN, own)
@@ -137,7 +149,8 @@ def save_parts(
             path.name: {"bytes": path.stat().st_size, "sha256": hash_file(path)}
             for path in sorted(partial.iterdir())
         }
-        card = model_card(folder.resolve().name, details, table, sorted(parts))
+        inner, whole = "" if beside is None else f"{TRANSFORMER}/", bool(parts or beside)
+        card = model_card(title, details, table, whole, inner)
         write_bytes(partial / CARD, card.encode())
         config = {"model_type": "mmdit", "quantization": table, "quantization_config": table}
         write_json(partial / CONFIG, {**config, "ditq": details})

@@ -18,18 +18,18 @@ import mlx.nn as nn
 
 from ..conversion.format import scheme_of
 from ..errors import UserError
-from ..models.checkpoints import read_weights
+from ..models.checkpoints import read_weights, weights_folder
 from ..models.load import MODELS, NANO, SD3, Model, ModelChoice, default_dtype, load_pipeline
 from ..models.mmdit import MMDiT
 from ..models.nano.assembly import load_folder_pipeline
 from ..models.paths import BLOCKS, MODULATION
 from ..models.pipeline import Pipeline
-from ..models.sd3_load import find_files
+from ..models.sd3_load import find_files, load_sd3
 from ..quant.int8 import AUTO, INT8Linear, check_backend
 from ..quant.replace import SCOPE, QuantizationBlock, prepare_int8
 from ..store import hash_file, hash_json, load_tensors, read_header
 from .low_memory import Reread
-from .saved import is_saved, open_pipeline
+from .saved import is_saved, open_pipeline, reread_saved
 
 PRE_QUANTIZED = "loading pre-quantized INT8 checkpoint"
 # What `use_int8` stands for: the layers that the converter takes too.
@@ -98,7 +98,7 @@ def open_with_int8(
     block = block_for(model, int8)
     if not block.enabled:
         return open_pipeline(model, dtype, kernel=kernel)
-    if isinstance(model, str) and model not in MODELS and is_saved(model):
+    if is_saved(model):
         raise UserError(
             f"{model} is a saved model of 4-bit codes, INT8 is for models of 16 bits; leave INT8 "
             "out, or give the model that it was made from"
@@ -107,6 +107,9 @@ def open_with_int8(
     put = Put(int8, block, kernel or AUTO, tell)
     if (folder := folder_of(model)) is not None:
         pipeline = load_folder_pipeline(folder, dtype or default_dtype(), put.from_file)
+    elif (choice := published(model)) is not None:
+        dtype_of = (lambda name: dtype) if dtype is not None else default_dtype
+        pipeline = load_sd3(choice.name, dtype_of, choice.checkpoint, choice.text, put.from_file)
     else:
         pipeline = load_pipeline(model, dtype)
         put.into(pipeline.transformer, int8.int8_checkpoint)
@@ -143,7 +146,7 @@ class Put:
     backend: str
     tell: Tell
 
-    def from_file(self, model: nn.Module, tensors: Mapping[str, mx.array], path: Path) -> None:
+    def from_file(self, model: nn.Module, path: Path) -> None:
         """From the pipeline's own file, or from the one that was named."""
         named = self.int8.int8_checkpoint
         self.into(model, path if named is None else named)
@@ -177,16 +180,17 @@ def sixteen_bit_self(model: Model, int8: Int8 = OFF) -> Model | None:
     return model if block.enabled and not own else None
 
 
-def published_file(model: Model) -> Path | None:
-    """Where a Stable Diffusion 3 that was opened has its transformer."""
+def published(model: Model) -> ModelChoice | None:
+    """The model, if it is a Stable Diffusion 3 by name or in a checkpoint."""
     choice = model if isinstance(model, ModelChoice) else ModelChoice(model)
-    if choice.name not in SD3 and choice.checkpoint is None:
-        return None
-    return find_files(choice.name, choice.checkpoint).transformer
+    by_checkpoint = choice.name is None and choice.checkpoint is not None
+    return choice if choice.name in SD3 or by_checkpoint else None
 
 
 def reread_of(model: Model, int8: Int8 = OFF) -> Reread | None:
     """How the transformer's tensors are read again, unread as yet; None where no file has them."""
+    if is_saved(model):
+        return reread_saved(model)
     block = block_for(model, int8)
     if block.enabled and not block.checkpoint_is_quantized:
         return None  # the codes were made in memory
@@ -194,15 +198,17 @@ def reread_of(model: Model, int8: Int8 = OFF) -> Reread | None:
         return partial(read_weights, Path(int8.int8_checkpoint))
     if (folder := folder_of(model)) is not None:
         return partial(load_tensors, folder / TRANSFORMER)
-    file = published_file(model)
-    return None if file is None else partial(read_weights, file)
+    if (choice := published(model)) is not None:
+        return partial(read_weights, find_files(choice.name, choice.checkpoint).transformer)
+    return None
 
 
 def hash_of(pipeline: Pipeline, int8: Int8, block: QuantizationBlock) -> str:
     """Another one than the 16-bit model's."""
     checkpoint = None if int8.int8_checkpoint is None else Path(int8.int8_checkpoint)
     if checkpoint is not None and checkpoint.is_dir():
-        held = {path.name: hash_file(path) for path in sorted(checkpoint.glob("*.safetensors"))}
+        files = sorted(weights_folder(checkpoint).glob("*.safetensors"))
+        held = {path.name: hash_file(path) for path in files}
     else:
         held = None if checkpoint is None else hash_file(checkpoint)
     return hash_json(

@@ -54,9 +54,8 @@ def open_pipeline(
     model: Model, dtype: mx.Dtype | None = None, *, kernel: str | None = None
 ) -> Pipeline:
     """A saved model's pipeline, or a 16-bit one by name or path; `kernel` is for saved ones."""
-    choice = model if isinstance(model, ModelChoice) else ModelChoice(model)
-    if choice.name is not None and choice.name not in MODELS and is_saved(choice.name):
-        return load_saved(choice, dtype, kernel=kernel)
+    if is_saved(model):
+        return load_saved(model, dtype, kernel=kernel)
     if kernel is not None:
         raise UserError(
             f"--kernel {kernel} is for saved quantized models, {model} is none; leave it out"
@@ -64,8 +63,11 @@ def open_pipeline(
     return load_pipeline(model, dtype)
 
 
-def is_saved(folder: str | Path) -> bool:
-    """Whether a quantized model was saved here."""
+def is_saved(model: Model | Path) -> bool:
+    """Whether it is the folder of a quantized model that was saved, and no model's name."""
+    folder = model.name if isinstance(model, ModelChoice) else model
+    if folder is None or folder in MODELS:
+        return False
     path = transformer_folder(Path(folder)) / CONFIG
     return path.is_file() and isinstance(read_json(path).get("ditq"), dict)
 
@@ -115,7 +117,7 @@ def load_stable_diffusion(
     hashes = {name: entry["sha256"] for name, entry in details["files"].items()}
     defaults = settings(Defaults, part(details, "sampling", folder), folder)
     text = choice.text
-    if text == Text() and files.part("t5") is None:
+    if choice.checkpoint is None and text == Text() and files.part("t5") is None:
         text = Text(t5=False)  # it was saved without
     return assemble_sd3(name, hash_json(hashes), transformer, files, dtype, text, defaults)
 
@@ -155,9 +157,9 @@ def load_saved_transformer(
     return transformer
 
 
-def reread_saved(folder: str | Path) -> Callable[[], Mapping[str, mx.array]]:
+def reread_saved(model: Model | Path) -> Callable[[], Mapping[str, mx.array]]:
     """How `low_memory` reads the weights of a pipeline from this folder again."""
-    return partial(load_folder, transformer_folder(Path(folder)))
+    return partial(load_folder, transformer_folder(Path(model)))
 
 
 def check_sigmas(transformer: MMDiT, sigmas: Sequence[float]) -> None:

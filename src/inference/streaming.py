@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from functools import cache, partial
 from pathlib import Path
 
@@ -25,11 +25,16 @@ from ..models.pipeline import Pipeline, compiling_is_faster
 from ..quant.int8 import INT8Linear
 from ..quant.linear import QuantizedLinear
 from ..store import load_tensors, require_space, save_tensors
-from .int8 import OFF, Int8, reread_of
 from .low_memory import Reread
+from .saved import is_saved
 
 Block = Callable[..., tuple[mx.array, mx.array | None]]
 Tensors = dict[str, mx.array]  # of one block, by their names within it
+
+BESIDE_LOW_MEMORY = (
+    "--enable_block_swap reads a block with its modulation, which --low-memory keeps out of "
+    "memory; give one of them"
+)
 
 
 @contextmanager
@@ -53,9 +58,11 @@ def streamed(
     if not moving:
         yield
         return
-    with tempfile.TemporaryDirectory() as folder:
-        source = reread or spilled(transformer, moving, Path(folder))
-        stream = BlockStream(transformer, moving, source, compiled)
+    with ExitStack() as stack:
+        if reread is None:
+            folder = stack.enter_context(tempfile.TemporaryDirectory())
+            reread = spilled(transformer, moving, Path(folder))
+        stream = BlockStream(transformer, moving, reread, compiled)
         limit = mx.set_cache_limit(stream.largest)
         try:
             stream.begin()
@@ -65,24 +72,28 @@ def streamed(
             stream.end()
 
 
-def streaming(
-    pipeline: Pipeline, blocks_in_memory: int | None, model: Model, int8: Int8 = OFF
-) -> AbstractContextManager[None]:
-    """`streamed` for a pipeline that was opened so; nothing without a number of blocks."""
-    if blocks_in_memory is None:
-        return nullcontext()
-    return streamed(pipeline, blocks_in_memory, reread_of(model, int8))
+def check_request(model: Model, blocks_in_memory: int, low_memory: bool) -> None:
+    """Raises what `streamed` would refuse, as far as it is known before the model is opened."""
+    check_count(blocks_in_memory)
+    if low_memory:
+        raise UserError(BESIDE_LOW_MEMORY)
+    if is_saved(model):
+        raise UserError(
+            f"--enable_block_swap is for models of 16 bits and INT8, {model} has packed codes, "
+            "which are kept ready for their kernel; use --low-memory"
+        )
+
+
+def check_count(blocks_in_memory: int) -> None:
+    if blocks_in_memory < 1:
+        raise UserError(f"--blocks_in_memory {blocks_in_memory} is not possible; valid: 1 or more")
 
 
 def check_streaming(pipeline: Pipeline, blocks_in_memory: int) -> None:
     """Raises where blocks cannot be let go and read again."""
-    if blocks_in_memory < 1:
-        raise UserError(f"--blocks_in_memory {blocks_in_memory} is not possible; valid: 1 or more")
+    check_count(blocks_in_memory)
     if pipeline.modulate_ahead is not None:
-        raise UserError(
-            "--enable_block_swap reads a block with its modulation, which --low-memory keeps out "
-            "of memory; give one of them"
-        )
+        raise UserError(BESIDE_LOW_MEMORY)
     for path, module in pipeline.transformer.named_modules():
         if isinstance(module, QuantizedLinear):
             raise UserError(

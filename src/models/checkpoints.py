@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import mlx.core as mx
@@ -32,6 +32,7 @@ PATCHES = "x_embedder.proj.weight"
 OTHER_PARTS = ("first_stage_model.", "text_encoders.", "cond_stage_model.", "conditioner.")
 
 Rules = tuple[tuple[str, str], ...]
+Fill = Callable[[nn.Module, Path], object]  # puts what a path holds into a model, nothing read yet
 
 STABILITY: Rules = (
     (r"^model\.diffusion_model\.", ""),
@@ -111,12 +112,18 @@ def read_tensors(path: Path) -> dict[str, mx.array]:
     if not path.exists():
         raise UserError(f"{path} does not exist; give a .safetensors file or a folder of them")
     if path.is_dir():
-        inner = path / "transformer"  # where diffusers keeps it in a whole pipeline's folder
-        folder = inner if inner.is_dir() else path
+        folder = weights_folder(path)
         tensors = load_folder(folder, stem=stem_of(folder))
     else:
         tensors = load_tensors(path)
     return {k: v for k, v in tensors.items() if not k.startswith(OTHER_PARTS)}
+
+
+def weights_folder(folder: Path) -> Path:
+    """Where a folder has the transformer's files: in a whole pipeline's, diffusers keeps them in
+    one of their own."""
+    inner = folder / "transformer"
+    return inner if inner.is_dir() else folder
 
 
 def stem_of(folder: Path) -> str:
@@ -234,3 +241,8 @@ def fill(model: nn.Module, weights: dict[str, mx.array], path: str | Path) -> No
     wanted = {name: (None, w.shape) for name, w in tree_flatten(model.parameters())}
     check_expected(path, found, wanted, allow_extra=False)
     model.load_weights(list(weights.items()))
+
+
+def fill_published(model: nn.Module, path: Path) -> None:
+    """The same from a file or folder of any published layout."""
+    fill(model, read_weights(path), path)

@@ -10,7 +10,7 @@ import mlx.core as mx
 
 from ..errors import UserError
 from ..store import hash_arrays, hash_json
-from .checkpoints import fill, infer_config, read_weights
+from .checkpoints import Fill, fill_published, infer_config, read_weights
 from .configs import MMDiTConfig
 from .mmdit import MMDiT
 from .pipeline import Defaults, Pipeline
@@ -33,19 +33,21 @@ def load_sd3(
     dtype_of: Callable[[str], mx.Dtype],
     checkpoint: Path | None = None,
     text: Text | None = None,
+    fill_transformer: Fill = fill_published,
 ) -> Pipeline:
     """The model of that name, from a checkpoint on this machine or the hub.
 
     Without a name, a checkpoint's tensors tell which it is. The weights are not read yet.
+    `fill_transformer` puts them into the transformer, before any is read or cast.
     """
     files = find_files(model, checkpoint)
-    weights = read_weights(files.transformer)
-    config = infer_config(weights, files.transformer)
+    config = infer_config(read_weights(files.transformer), files.transformer)
     name = family(config)
     if model is not None and name != model:
         raise UserError(f"{files.transformer} is {name}, not {model}; give --model {name}")
     transformer, dtype = MMDiT(config), dtype_of(name)
-    fill(transformer, {k: w.astype(dtype) for k, w in weights.items()}, files.transformer)
+    fill_transformer(transformer, files.transformer)
+    transformer.set_dtype(dtype)
     return assemble_sd3(name, fingerprint(files.transformer), transformer, files, dtype, text)
 
 

@@ -11,13 +11,14 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from ..store import TensorInfo, require_space, save_tensors, stream_tensors, write_json
+from ..store import TensorInfo, save_tensors, stream_tensors, write_json
 from ..store.arrays import dtype_name
 from .sd3 import FORMAT, STORED, VERSION, Reading
 from .sd3_files import PARTS, TOKENIZERS
@@ -25,7 +26,8 @@ from .sd3_text import ACTIVATIONS, SD3Codec, SD3TextEncoder
 
 TOKENIZER_FILES = (
     *("vocab.json", "merges.txt", "spiece.model", "tokenizer.json"),
-    *("tokenizer_config.json", "special_tokens_map.json"),
+    # Without a class in the tokenizer's own settings the model's tell which it is.
+    *("tokenizer_config.json", "special_tokens_map.json", "config.json"),
 )
 
 
@@ -39,29 +41,40 @@ def save_companions(encoder: SD3TextEncoder, codec: SD3Codec, folder: Path) -> N
         for file in TOKENIZER_FILES:
             if (source / file).is_file():
                 shutil.copyfile(source / file, target / file)
-    decoder = {
-        name: tensor
-        for name, tensor in codec.location().tensors().items()
-        if name.startswith("decoder.")
-    }
     (folder / "vae").mkdir()
-    save_tensors(folder / "vae" / "model.safetensors", decoder)
+    save_tensors(folder / "vae" / "model.safetensors", decoder_of(codec))
+
+
+def companion_bytes(encoder: SD3TextEncoder, codec: SD3Codec) -> int:
+    """Of all weights that `save_companions` writes, none of which is read for it."""
+    encoders = [info for name in encoder.parts() for info in described(encoder, name)[0].values()]
+    return sum(tensor.nbytes for tensor in [*encoders, *decoder_of(codec).values()])
+
+
+def decoder_of(codec: SD3Codec) -> dict[str, mx.array]:
+    tensors = codec.location().tensors()
+    return {name: tensor for name, tensor in tensors.items() if name.startswith("decoder.")}
+
+
+def described(encoder: SD3TextEncoder, name: str) -> tuple[dict[str, TensorInfo], dict[str, Any]]:
+    """An encoder's tensors as they will be written, and its config.json; nothing is read."""
+    infos, settings = {}, {}
+    for reading, tensors in quantized_pieces(encoder, name):
+        infos |= {key: info_of(tensor) for key, tensor in tensors.items()}
+        bits = reading.bits if encoder.text.bits is None else encoder.text.bits
+        settings = {"format": FORMAT, "version": VERSION, "bits": bits}
+        settings["shape"] = asdict(reading.shape)
+    return infos, settings
 
 
 def save_encoder(encoder: SD3TextEncoder, name: str, folder: Path) -> None:
     """One text encoder; its tensors' shapes are known before the first of them is read."""
     folder.mkdir()
-    bits, infos, settings = encoder.text.bits, {}, {}
-    for reading, tensors in quantized_pieces(encoder, name):
-        infos |= {key: info_of(tensor) for key, tensor in tensors.items()}
-        stored = reading.bits if bits is None else bits
-        settings = {"format": FORMAT, "version": VERSION, "bits": stored}
-        settings["shape"] = asdict(reading.shape)
-    require_space(folder, sum(info.nbytes for info in infos.values()), f"the {PARTS[name].title}")
+    infos, settings = described(encoder, name)
     with stream_tensors(folder / "model.safetensors", infos) as writer:
         for _, tensors in quantized_pieces(encoder, name):
             for key in list(tensors):
-                writer.write(key, raw(tensors.pop(key)))
+                writer.write(key, np.array(tensors.pop(key)))
             mx.clear_cache()
     write_json(folder / "config.json", settings)
 
@@ -88,7 +101,3 @@ def pieces(reading: Reading, name: str) -> Iterator[tuple[str, nn.Module]]:
 
 def info_of(tensor: mx.array) -> TensorInfo:
     return TensorInfo(dtype_name(tensor.dtype), tuple(tensor.shape), tensor.nbytes)
-
-
-def raw(tensor: mx.array) -> np.ndarray:
-    return np.array(tensor)

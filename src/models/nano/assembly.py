@@ -13,7 +13,7 @@ from mlx.utils import tree_flatten
 
 from ...errors import UserError
 from ...store import hash_arrays, hash_file, hash_json, load_tensors, read_json
-from ..checkpoints import fill
+from ..checkpoints import Fill, fill
 from ..configs import MMDiTConfig, config_named
 from ..mmdit import MMDiT
 from ..pipeline import Conditioning, Defaults, Pipeline
@@ -32,10 +32,13 @@ PROMPTS = "nano"
 Settings = TypeVar("Settings")
 
 
-Fill = Callable[[nn.Module, dict[str, mx.array], Path], object]
+def fill_from_file(module: nn.Module, path: Path) -> None:
+    fill(module, load_tensors(path), path)
 
 
-def load_folder_pipeline(folder: Path, dtype: mx.Dtype, fill_transformer: Fill = fill) -> Pipeline:
+def load_folder_pipeline(
+    folder: Path, dtype: mx.Dtype, fill_transformer: Fill = fill_from_file
+) -> Pipeline:
     """The pipeline whose config.json and tensors lie in the folder.
 
     `fill_transformer` puts the tensors into the transformer, before any is read or cast.
@@ -49,8 +52,8 @@ def load_folder_pipeline(folder: Path, dtype: mx.Dtype, fill_transformer: Fill =
     hashes = {}
     for name, module in zip(PARTS, modules, strict=True):
         path = folder / f"{name}.safetensors"
-        put = fill_transformer if name == "transformer" else fill
-        put(module, load_tensors(path), path)
+        put = fill_transformer if name == "transformer" else fill_from_file
+        put(module, path)
         hashes[name] = hash_file(path)
     defaults = settings(Defaults, part(config, "sampling", folder), folder)
     name = str(config.get("name", folder.name))
