@@ -10,16 +10,16 @@ from pathlib import Path
 
 import click
 
-from .backends.tuning import Point, default_path, described
+from .backends.tuning import CHOICES, Point, default_path, described
 from .backends.weight import PACKED_COLUMNS
 from .benchmarking.kernels import available
 from .benchmarking.tuning import lines_of, measured
 from .cli import command
 from .errors import UserError
-from .store import write_json
+from .store import require_writable, write_json
 
-REFERENCE = "reference"  # is for comparison
-SHAPES = ((192, 192), (1536, 1536), (6144, 1536), (1536, 6144))  # nano's and SD3-medium's
+# nano's, the smallest that every kernel takes, and SD3-medium's.
+SHAPES = ((192, 192), (256, 256), (1536, 1536), (6144, 1536), (1536, 6144))
 ROWS = (1, 8, 32, 128, 256, 512, 1024, 2048, 4096, 8192)
 
 
@@ -31,14 +31,17 @@ def tune(
     rounds: int = 5,
     seconds: float = 50.0,
 ) -> list[Point]:
-    """Measures layers of these (N, K) under each kernel that runs here, fewer rows first, until the
-    seconds are over; writes what `select` reads, in the user's cache folder unless told otherwise.
+    """Measures layers of these (N, K) under each kernel that may be chosen here, fewer rows first,
+    until the seconds are over; writes what `select` reads, in the user's cache folder unless told
+    otherwise.
     """
     check(shapes, rows, rounds, seconds)
-    found = available([])
-    names = [name for name in found.names if name != REFERENCE]
-    points = list(measured(names, shapes, sorted(set(rows)), rounds, seconds))
     path = default_path() if output is None else Path(output)
+    check_target(path)
+    names = available(CHOICES).names
+    points = list(measured(names, shapes, sorted(set(rows)), rounds, seconds, say))
+    if not points:
+        raise UserError(f"none of the kernels {', '.join(names)} runs here: nothing was measured")
     write_json(path, described(points, datetime.date.today().isoformat()))
     return points
 
@@ -60,6 +63,17 @@ def check(
         raise UserError(f"--seconds {seconds:g} is not possible; valid: above 0")
 
 
+def check_target(path: Path) -> None:
+    """Raises where the file could not be written, before anything is measured."""
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; give the name of a file to write")
+    require_writable(path.parent)
+
+
+def say(line: str) -> None:
+    click.echo(f"note: {line}", err=True)
+
+
 def shape_of(text: str) -> tuple[int, int]:
     found = re.fullmatch(r"(\d+)x(\d+)", text)
     if not found:
@@ -69,7 +83,10 @@ def shape_of(text: str) -> tuple[int, int]:
 
 @command()
 @click.option(
-    "--shape", "shapes", multiple=True, help="Outputs x inputs; repeat it.  [nano's and SD3's]"
+    "--shape",
+    "shapes",
+    multiple=True,
+    help="Outputs x inputs; repeat it.  [nano's, SD3's, 256x256]",
 )
 @click.option("--rows", type=int, multiple=True, help="Tokens; repeat it.  [1 to 8192]")
 @click.option("--rounds", default=5, help="How often everything is measured.")

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from src.backends import BACKENDS, Device, cuda_int8, named
 from src.benchmark import benchmark
-from src.benchmarking.kernels import available
+from src.benchmarking.drawing import Job
+from src.benchmarking.kernels import available, replaced_note
+from src.benchmarking.memory import needed_bytes
+from src.benchmarking.opening import Order, open_all
+from src.benchmarking.report import headline, machine, page_lines
+from src.benchmarking.rows import FLOAT, KERNEL, Spec
 from src.benchmarking.simulated import Simulated
 from src.benchmarking.subjects import Codes, open_subject, quantized_layers, with_kernel
 from src.benchmarking.timing import in_turns, ratios, spread
 from src.inference.export import save_model
+from src.inference.kernels import rows_of
 from src.models.load import load_pipeline
 
 import mlx.core as mx
@@ -218,11 +225,72 @@ def test_kernels_share_the_codes(subject):
     assert one.transformer.x_embedder is not other.transformer.x_embedder
 
 
+def test_layers_choose_their_kernel_by_the_rows_that_they_meet(subject):
+    made, _ = with_kernel(subject.quantized, None, "static")
+    rows = rows_of(made.transformer.config, subject.quantized.defaults)
+    layers = quantized_layers(made.transformer)
+    assert {path: layer.runtime.rows for path, layer in layers.items()} == {
+        p: rows(p) for p in layers
+    }
+    assert len({layer.runtime.rows for layer in layers.values()}) == 2  # picture and text
+
+
+def test_a_saved_models_first_row_holds_no_more_than_its_second(tmp_path):
+    """Its arrays are read when they are first used."""
+    quantized = quantized_pipeline("tiny", kernel="dense")
+    save_model(quantized, tmp_path / "saved", made_from={}, settings={})
+    order = Order(modulate="none", num_steps=2)
+    opened = open_all(tmp_path / "saved", order, available(["unpack"]), True, pytest.fail)
+    spec = Spec(KERNEL, "unpack")
+    first, second = (opened.maker.make(spec).held for _ in range(2))
+    assert first == second
+
+
+@pytest.mark.parametrize("kernel", ["cuda_int8", "metal_int8"])
+def test_memory_of_a_byte_a_weight_beside_the_packed_codes(subject, kernel):
+    job, config = Job.of(subject.exact, 1, 2, None), subject.exact.transformer.config
+    packed = subject.packed_bytes
+    needed = {
+        name: needed_bytes([Spec(KERNEL, name)], config, job, 8, mx.float32, packed)
+        for name in ("reference", kernel)
+    }
+    assert needed[kernel] - needed["reference"] == 2 * packed
+    twice = replace(subject, quantized=quantized_pipeline("tiny", bits=8))
+    assert twice.packed_bytes == 2 * packed
+
+
+def test_layers_that_metals_kernel_leaves_to_another_are_said(subject):
+    made, _ = with_kernel(subject.quantized, named("metal_int8"), "static")
+    note = replaced_note(made.transformer, named("metal_int8"))
+    assert note.startswith("metal_int8 leaves ") and "are no whole tiles" in note
+    assert replaced_note(made.transformer, named("cuda_int8")) is None
+
+
 def test_kernels_that_cannot_run_are_named_with_the_reason():
     found = available(["dense", "cuda_int8", "dense"])
     assert found.names[0] == "dense" and len(found.names) + len(found.left_out) == 2
     assert ("cuda_int8" in found.left_out) == (cuda_int8.usable() is None)
     assert all(found.left_out.values())
+
+
+def test_a_report_without_a_quantized_row_says_so():
+    """Every one was left out, with its reason."""
+    one = spread([0.25])
+    sizes = {"pictures_a_second": 4.0, "held_bytes": 1, "peak_bytes": 2}
+    row = {"name": "float32", "kind": FLOAT, "ratio": ratios([1.0], [1.0]), **sizes}
+    data = {
+        "machine": machine(),
+        "model": {"name": "x", "sha256": "0" * 64, "weights": "", "activation scales": "static"},
+        "pictures": {"batch size": 1, "steps": 1, "guidance": 0, "size": [64, 64]},
+        "warm_up": 0,
+        "repeats": 1,
+        "rows": [{**row, "step_seconds": one, "picture_seconds": one}],
+        "left_out": {"W4A8 dense": "no such kernel"},
+        "notes": [],
+        "slower": [],
+    }
+    assert headline(data) == "float32: 250.00 ms a step; no quantized row was run"
+    assert "No quantized row was run." in page_lines(data)
 
 
 def test_turns_go_round_and_warm_up_does_not_count():

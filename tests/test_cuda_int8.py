@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import itertools
 import re
+import sys
 
-from src.backends import BACKENDS, Weight, named
+from src.backends import BACKENDS, Device, Weight, named
 from src.backends import cuda_int8_kernels as kernels
-from src.backends.cuda_int8 import CudaInt8, capability, pays, refusal, status, suited, usable
+from src.backends.cuda_int8 import CudaInt8, refusal, status, suited, usable
 from src.backends.cuda_int8_check import (
+    ENDING_SCALES,
     Case,
     codes_of,
+    random_ending,
     random_weight,
     self_test,
     tiled,
     untiled,
     wrong_codes,
+    wrong_endings,
     wrong_sums,
 )
 from src.backends.cuda_int8_kernels import MMA, WGMMA, InputGrid
@@ -32,10 +36,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tools.check_cuda_kernels import running
+
 from .helpers import ROOT, relative_error
 from .quantized_models import quantized_pipeline
 
-VARIANT = suited(capability())
+VARIANT = suited(Device.here())
 VARIANTS = [v for v in (WGMMA, MMA) if VARIANT is WGMMA or v is VARIANT]  # Hopper has both
 needs_cuda = pytest.mark.skipif(VARIANT is None, reason="no NVIDIA GPU from sm_80 on here")
 on_both = pytest.mark.parametrize("variant", VARIANTS or [MMA], ids=lambda v: v.name)
@@ -150,9 +156,9 @@ def test_the_next_inputs_grid_is_one_multiplication_and_one_addition():
 
 
 def test_the_kernel_follows_the_device():
-    wanted = {(9, 0): WGMMA, (8, 0): MMA, (8, 9): MMA, (10, 0): MMA, (12, 0): MMA}
-    assert {found: suited(found) for found in wanted} == wanted
-    assert suited((7, 5)) is None and suited((0, 0)) is None
+    wanted = {90: WGMMA, 80: MMA, 89: MMA, 100: MMA, 120: MMA, 75: None, 0: None}
+    assert {found: suited(Device("cuda", found)) for found in wanted} == wanted
+    assert suited(Device("cpu")) is None and suited(Device("metal", 90)) is None
 
 
 def test_what_is_no_product_of_whole_numbers_is_refused():
@@ -168,7 +174,7 @@ def test_what_is_no_product_of_whole_numbers_is_refused():
 
 @pytest.mark.skipif(VARIANT is not None, reason="there is such a GPU here")
 def test_without_a_gpu_it_says_so_and_others_multiply():
-    assert usable() is None and not pays(10**6)
+    assert usable() is None
     assert status().startswith("not used: ")
     assert "CUDA" in self_test(WGMMA)
 
@@ -217,6 +223,29 @@ def test_numpys_codes_are_those_of_the_quantized_linear(seed, per_token, shifted
     np.testing.assert_array_equal(np.broadcast_to(np.array(factor).reshape(-1), (9,)), scales)
 
 
+def test_numpys_endings_are_those_of_the_layers():
+    """The float16 output with its bias, and the codes behind GELU, of what the kernel is told."""
+    case = Case(9, 40, 64, 4)
+    x, weight, bias, wanted, wanted_codes = random_ending(case)
+    scale, following = ENDING_SCALES
+    codes, _ = codes_of(np.array(x), scale, 127)
+    reference = named("reference")
+    operand = reference.prepare(weight, mx.float32, 127)
+    y = reference.multiply(mx.array(codes.astype(np.float32)), mx.array(scale), operand) + bias
+    np.testing.assert_allclose(wanted, np.array(y), rtol=2**-10, atol=1e-6)
+    behind = mx.clip(mx.round(nn.gelu_approx(y) / following), -127, 127)
+    assert np.abs(np.array(behind) - wanted_codes).max() <= 1
+    assert len(np.unique(wanted_codes)) > 50 and np.abs(wanted_codes).max() < 128
+
+
+def test_programs_that_check_side_by_side_end_when_they_are_stopped():
+    """They are in sessions of their own, so that Ctrl-C does not reach them."""
+    command = [sys.executable, "-c", "import time; time.sleep(60)"]
+    with pytest.raises(KeyboardInterrupt), running({"one": command, "other": command}) as found:
+        raise KeyboardInterrupt
+    assert all(process.returncode is not None for process in found.values())
+
+
 # --- on a GPU
 
 
@@ -251,6 +280,13 @@ def test_five_hundred_random_shapes_are_exact(variant):
 def test_codes_are_exact(dtype, how):
     for seed, (rows, columns) in enumerate([(1, 32), (77, 1536), (130, 133), (300, 6144)]):
         assert wrong_codes(rows, columns, dtype, **how, seed=seed) == 0
+
+
+@needs_cuda
+@on_both
+@pytest.mark.parametrize("outputs", [256, 72, 384])
+def test_random_endings_are_right(variant, outputs):
+    assert wrong_endings(variant, Case(137, outputs, 256, 4), outputs) == 0
 
 
 @needs_cuda

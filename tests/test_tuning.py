@@ -22,14 +22,17 @@ from src.backends.tuning import (
     shipped,
     table_of,
 )
+from src.benchmarking.tuning import measured
 from src.errors import UserError
 from src.store import write_json
+from src.tune import SHAPES
 
 import mlx.core as mx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from .fusing_backend import FusingBackend
 from .helpers import ROOT, assert_one_error_line, run, run_here
 
 HOPPER, AMPERE = Device("cuda", 90), Device("cuda", 80)
@@ -144,15 +147,6 @@ def test_as_shipped():
         assert names <= set(BACKENDS) & set(CHOICES)
 
 
-@pytest.mark.parametrize("device", [Device("cpu"), HOPPER, Device("metal", 17)])
-@pytest.mark.parametrize("integers", [True, False])
-def test_weights_that_stay_packed_get_a_kernel_that_keeps_them_so(device, integers):
-    for rows in (1, 64, 4096):
-        backend = select(device, rows, 1536, 1536, integers=integers, packed=True)
-        assert backend.name in ("unpack", "quantized_matmul", "cuda_int8_packed")
-        assert integers or backend.name != "cuda_int8_packed"
-
-
 def test_what_is_no_product_of_whole_numbers_gets_no_integer_kernel():
     one, groups = (
         Weight(mx.zeros((1536, 192), dtype=mx.uint32), mx.ones((1536, count)), 4)
@@ -221,6 +215,18 @@ def test_a_file_that_is_no_use_is_left_aside_with_a_note(afresh, capsys, content
     assert noted.count("\n") == 1 and "ditq tune" in tuning.status()
 
 
+def test_a_file_that_is_named_but_missing_is_noted(afresh, monkeypatch, capsys):
+    here = Device.here()
+    assert select(here, 64, 64, 64).name == chosen(shipped(here), 64, 64, 64)
+    noted = capsys.readouterr().err
+    assert noted.count("\n") == 1 and f"since {afresh} (DITQ_TUNING) is missing" in noted
+    monkeypatch.setenv("DITQ_TUNING", "")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(afresh.parent))
+    monkeypatch.setenv("HOME", str(afresh.parent))
+    tuning.tuned_here.cache_clear()
+    assert tuning.tuned_here() is None and not capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_tune_measures_and_the_next_process_reads_it(tmp_path):
     """The real command, with few sizes."""
@@ -231,8 +237,7 @@ def test_tune_measures_and_the_next_process_reads_it(tmp_path):
     points = read_tuned(path).points
     assert [(p.rows, p.N, p.K) for p in points] == [(3, 96, 64), (40, 96, 64)]
     for point in points:
-        assert {"dense", "unpack", "quantized_matmul"} <= set(point.seconds) <= set(BACKENDS)
-        assert "reference" not in point.seconds
+        assert {"dense", "quantized_matmul"} <= set(point.seconds) <= set(CHOICES)
     last = result.stdout.splitlines()[-1]
     assert last.startswith("measured 2 sizes in ") and str(path) in last
     assert "N 96, K 64: from 1 rows on " in result.stdout
@@ -274,7 +279,46 @@ def test_bad_input_is_one_error_line(arguments, words, tmp_path):
     assert not output.exists()
 
 
-@pytest.mark.slow
-def test_a_file_that_cannot_be_written_is_one_error_line(tmp_path):
-    sizes = ["--shape", "32x32", "--rows", "1", "--rounds", "1"]
-    assert_one_error_line(run_here("src.tune", *sizes, "--output", str(tmp_path)), str(tmp_path))
+@pytest.mark.parametrize("inside", [".", "file/below.json"])
+def test_a_file_that_cannot_be_written_is_one_error_line_before_measuring(tmp_path, inside):
+    (tmp_path / "file").touch()
+    output = tmp_path / inside
+    result = run_here("src.tune", "--shape", "32768x32768", "--output", str(output))
+    assert_one_error_line(result, str(tmp_path))
+
+
+class Refusing:
+    """A kernel that MLX does not compute with more rows than two."""
+
+    name = "refusing"
+
+    def prepare(self, weight, dtype, largest):
+        return {}
+
+    def multiply(self, x, factor, operand):
+        if x.shape[-2] > 2:
+            raise RuntimeError("[matmul] no such\n kernel")
+        return mx.zeros((*x.shape[:-1], 96))
+
+
+def test_a_kernel_that_mlx_refuses_is_left_out_and_the_others_measured(monkeypatch):
+    monkeypatch.setitem(BACKENDS, "refusing", Refusing())
+    notes: list[str] = []
+    names = ["refusing", "dense"]
+    points = list(measured(names, [(96, 64)], [2, 3, 5], 1, 60.0, notes.append))
+    assert [list(point.seconds) for point in points] == [names, ["dense"], ["dense"]]
+    assert notes == ["refusing is not measured: [matmul] no such kernel"]
+    assert not list(measured(names[:1], [(96, 64)], [3], 1, 60.0, notes.append))
+
+
+def test_a_layer_that_a_kernel_leaves_to_others_is_not_timed_under_its_name(monkeypatch):
+    monkeypatch.setitem(BACKENDS, "fusing", FusingBackend(refuses={64}))
+    shapes, names = [(96, 64), (96, 96)], ["dense", "fusing"]
+    points = list(measured(names, shapes, [2], 1, 60.0, pytest.fail))
+    assert [list(point.seconds) for point in points] == [["dense"], names]
+
+
+def test_what_is_measured_holds_shapes_that_every_kernel_takes():
+    """So that a layer of whole tiles goes by one where integer kernels were measured too."""
+    for shape in ((256, 256), (768, 768), (1024, 8192), (9728, 2432)):
+        assert metal_int8.fits(*nearest(dict.fromkeys(SHAPES, ()), *shape))

@@ -18,8 +18,8 @@ from typing import Any
 
 from src.backends import Weight
 from src.backends import cuda_int8_kernels as kernels
-from src.backends.cuda_int8 import CudaInt8, capability, status, suited, usable
-from src.backends.cuda_int8_kernels import MMA, WGMMA, InputGrid, Variant
+from src.backends.cuda_int8 import CudaInt8, status, usable
+from src.backends.cuda_int8_kernels import MMA, InputGrid, Variant
 
 import click
 import mlx.core as mx
@@ -232,10 +232,11 @@ def run(rows: int, variant: Variant) -> tuple[dict[str, Any], list[str]]:
 @click.option("--rows", default=8192, help="Tokens: 8192 are 1024 pixels, with guidance.")
 def main(rows: int) -> None:
     """Time the integer kernels and what they replace."""
-    if usable() is None:
+    variant = usable()
+    if variant is None:
         raise click.ClickException(f"no kernel to measure: {status()}")
     begun = time.perf_counter()
-    data, lines = run(rows, suited(capability()) or WGMMA)
+    data, lines = run(rows, variant)
     write_report("int8_kernels", "Integer kernels", data, lines)
     click.echo(f"\n{lines[0]}\n{status()}, {data['torch']}, {time.perf_counter() - begun:.0f} s")
 

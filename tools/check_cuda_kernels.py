@@ -16,11 +16,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from src.backends import Device
 from src.backends import cuda_int8_kernels as kernels
-from src.backends.cuda_int8 import capability, status, suited
+from src.backends.cuda_int8 import status, suited
 from src.backends.cuda_int8_check import (
     SELF_TEST,
     Case,
@@ -45,7 +48,7 @@ TAIL = 4000  # characters of a program's output that are kept
 
 def variants() -> list[Variant]:
     """The kernels that run here; Hopper runs both."""
-    found = suited(capability())
+    found = suited(Device.here())
     return [v for v in (WGMMA, MMA) if found is WGMMA or v is found]
 
 
@@ -79,8 +82,23 @@ def started(command: list[str]) -> subprocess.Popen:
     )
 
 
-def sanitizers() -> dict[str, subprocess.Popen]:
-    """compute-sanitizer over `few_products`, one process a check."""
+@contextmanager
+def running(commands: Mapping[str, list[str]]) -> Iterator[dict[str, subprocess.Popen]]:
+    """The programs side by side; none outlives what is done with them, also when it is stopped."""
+    processes: dict[str, subprocess.Popen] = {}
+    try:
+        for name, command in commands.items():
+            processes[name] = started(command)
+        yield processes
+    finally:
+        for process in processes.values():
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+
+def sanitizers() -> dict[str, list[str]]:
+    """The commands of compute-sanitizer over `few_products`, one a check."""
     found = shutil.which("compute-sanitizer") or shutil.which(
         "compute-sanitizer", path="/usr/local/cuda/bin"
     )
@@ -89,8 +107,7 @@ def sanitizers() -> dict[str, subprocess.Popen]:
     here = [sys.executable, "-m", "tools.check_cuda_kernels", "--few"]
     only = ["--kernel-name", "kernel_substring=ditq"]
     return {
-        check: started([found, "--tool", check, "--error-exitcode", "9", *only, *here])
-        for check in CHECKS
+        check: [found, "--tool", check, "--error-exitcode", "9", *only, *here] for check in CHECKS
     }
 
 
@@ -136,19 +153,18 @@ def main(shapes: int, output: Path | None, few: bool) -> None:
             f"{variant.name}: self-test {self_test(variant) or 'passed'}, "
             f"{time.perf_counter() - start:.1f} s with compiling"
         )
-    tests = started(
-        [sys.executable, "-m", "pytest", "-q", "tests/test_cuda_int8.py", "-m", "not slow"]
-    )
+    tests = [sys.executable, "-m", "pytest", "-q", "tests/test_cuda_int8.py", "-m", "not slow"]
     watched = sanitizers()
-    for variant in variants():
-        data[f"fuzz {variant.name}"] = found = fuzz(variant, shapes)
-        click.echo(
-            f"{variant.name}: {len(found['wrong'])} of {shapes} random shapes wrong "
-            f"{found['wrong'][:5]}, {found['seconds']:.0f} s"
-        )
-    for name, process in {"pytest": tests, **watched}.items():
-        data[name] = finished(process, SECONDS - (time.perf_counter() - begun))
-        click.echo(f"--- {name}: exit {data[name]['status']}\n{data[name]['output']}")
+    with running({"pytest": tests, **watched}) as processes:
+        for variant in variants():
+            data[f"fuzz {variant.name}"] = found = fuzz(variant, shapes)
+            click.echo(
+                f"{variant.name}: {len(found['wrong'])} of {shapes} random shapes wrong "
+                f"{found['wrong'][:5]}, {found['seconds']:.0f} s"
+            )
+        for name, process in processes.items():
+            data[name] = finished(process, SECONDS - (time.perf_counter() - begun))
+            click.echo(f"--- {name}: exit {data[name]['status']}\n{data[name]['output']}")
     if not watched:
         click.echo("compute-sanitizer is not installed: memory accesses and races are unchecked")
     if output is not None:

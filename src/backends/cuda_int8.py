@@ -14,56 +14,42 @@ from . import cuda_int8_kernels as kernels
 from .cuda_int8_check import self_test
 from .cuda_int8_kernels import MMA, UNPACKED_BITS, WGMMA, Codes, Following, InputGrid, Variant
 from .dense import Dense
-from .device import Device
+from .device import HOPPER, Device
 from .unpack import Unpack
 from .weight import Weight
 
-HOPPER, OLDEST = (9, 0), (8, 0)  # compute capabilities
+OLDEST = 80  # as `Device` counts generations
 LARGEST_CODE = 127
 INT32_BELOW = 2**31
 INPUT_DTYPES = (mx.float16, mx.bfloat16, mx.float32, mx.int8)
 VARIANTS = {variant.name: variant for variant in (WGMMA, MMA)}
 FALLBACKS = {backend.name: backend for backend in (Dense(), Unpack())}
-FEW_ROWS = 512  # below it a tile of rows is half empty, or most multiprocessors are
 
 
-def capability() -> tuple[int, int]:
-    """Of the CUDA device that MLX computes on, (0, 0) where it computes on another."""
-    if Device.here().kind != "cuda":
-        return 0, 0
-    info = mx.device_info()
-    return int(info["compute_capability_major"]), int(info["compute_capability_minor"])
-
-
-def suited(found: tuple[int, int]) -> Variant | None:
-    """The kernel for a compute capability; wgmma is Hopper's alone."""
-    if found == HOPPER:
-        return WGMMA
-    return MMA if found >= OLDEST else None
+def suited(device: Device) -> Variant | None:
+    """The kernel for a device; wgmma is Hopper's alone."""
+    if device.kind != "cuda" or device.generation < OLDEST:
+        return None
+    return WGMMA if device.generation == HOPPER else MMA
 
 
 def usable() -> Variant | None:
     """The kernel that multiplies here, none where there is none that passes its self-test."""
-    variant = suited(capability())
+    variant = suited(Device.here())
     return None if variant is None or self_test(variant) else variant
 
 
 def status() -> str:
     """One line for `ditq doctor`."""
-    found = capability()
-    if found == (0, 0):
+    device = Device.here()
+    if device.kind != "cuda":
         return "not used: MLX does not compute on a CUDA device"
-    variant, name = suited(found), "sm_{}{}".format(*found)
+    variant, name = suited(device), f"sm_{device.generation}"
     if variant is None:
         return f"not used: {name} is older than sm_80"
     if wrong := self_test(variant):
         return f"not used: self-test of {variant.name} failed on {name}: {wrong}"
     return f"{variant.name} on {name}, self-test passed"
-
-
-def pays(rows: int) -> bool:
-    """Whether so many rows are worth an integer kernel, on a machine that has one that works."""
-    return rows >= FEW_ROWS and usable() is not None
 
 
 def refusal(weight: Weight, largest: int | None) -> str:

@@ -37,6 +37,14 @@ SELF_TEST = (
     Case(128, 256, 6144, 8),
     Case(2817, 1536, 64, 4),
 )
+# Each dtype, and each of what a grid may have; Metal's kernels are asked the same.
+QUANTIZER_TEST = (
+    (77, 96, mx.float16, {"per_token": True}),
+    (130, 160, mx.bfloat16, {"shifted": True, "smoothed": True}),
+    (33, 1536, mx.float32, {"shifted": True, "smoothed": True, "per_token": True}),
+)
+ENDING_TEST = (Case(137, 384, 256, 4),)
+ENDING_SCALES = (0.03, 0.02)  # of the input, and of what follows GELU
 
 
 def tiled(codes: np.ndarray) -> np.ndarray:
@@ -112,6 +120,16 @@ class RandomInput(NamedTuple):
     scales: np.ndarray  # (rows,) float32
 
 
+class RandomEnding(NamedTuple):
+    """An input in floats, a weight and a bias, and the two other endings of their product."""
+
+    x: mx.array  # (rows, columns) float32
+    weight: Weight
+    bias: mx.array  # (outputs,) float32
+    wanted: np.ndarray  # (rows, outputs) float16, with the bias
+    codes: np.ndarray  # (rows, outputs) int8, of GELU of the same
+
+
 def random_product(case: Case, seed: int = 0) -> RandomProduct:
     rng = np.random.default_rng(seed)
     codes, weight = random_weight(rng, case)
@@ -137,6 +155,36 @@ def wrong_sums(variant: Variant, case: Case, seed: int = 0) -> int:
         variant,
     )
     return int((np.array(got) != product.wanted).sum())
+
+
+def random_ending(case: Case, seed: int = 0) -> RandomEnding:
+    rng = np.random.default_rng(seed)
+    codes, weight = random_weight(rng, case)
+    x = rng.standard_normal((case.rows, case.columns)).astype(np.float32)
+    bias = rng.standard_normal(case.outputs).astype(np.float32)
+    scale, following = map(np.float32, ENDING_SCALES)
+    sums = codes_of(x, scale, 127)[0].astype(np.float64) @ codes.T.astype(np.float64)
+    y = sums * (scale * np.array(weight.scales)[:, 0]) + bias
+    gelu = 0.5 * y * (1 + np.tanh(np.sqrt(2 / np.pi) * (y + 0.044715 * y**3)))
+    behind, _ = codes_of(gelu, following, 127)
+    return RandomEnding(mx.array(x), weight, mx.array(bias), y.astype(np.float16), behind)
+
+
+def wrong_endings(variant: Variant, case: Case, seed: int = 0) -> int:
+    """How many outputs in float16, codes behind GELU and their scales are not NumPy's. Either may
+    be its neighbour: GELU's tanh is an approximation, and NumPy rounds twice."""
+    x, weight, bias, wanted, wanted_codes = random_ending(case, seed)
+    grid, following = (InputGrid(mx.array([s]), mx.array([127.0])) for s in ENDING_SCALES)
+    scales = weight.scales[:, 0]
+    table = kernels.column_table(scales, bias)[0]
+    product = kernels.quantize(x, grid), kernels.weight_tiles(weight), scales, table
+    got = np.array(kernels.multiply(*product, mx.float16, variant))
+    behind = kernels.multiply_gelu(*product, kernels.following(following, case.outputs), variant)
+    apart = np.abs(got.astype(np.float32) - wanted.astype(np.float32))
+    wrong = int((~(apart <= np.spacing(np.abs(wanted)))).sum())  # NaN is wrong too
+    codes = untiled(np.array(behind.tiles), case.rows, case.outputs).astype(int)
+    wrong += int((np.abs(codes - wanted_codes) > 1).sum())
+    return wrong + int((np.array(behind.scales) != np.float32(ENDING_SCALES[1])).sum())
 
 
 def random_input(
@@ -190,4 +238,8 @@ def first_wrong(cases: Iterable[Any], count: Callable[[Any], int]) -> str:
 @lru_cache
 def self_test(variant: Variant) -> str:
     """Empty where all is exact, else what went wrong; run once a process."""
-    return first_wrong(SELF_TEST, partial(wrong_sums, variant))
+    return (
+        first_wrong(SELF_TEST, partial(wrong_sums, variant))
+        or first_wrong(QUANTIZER_TEST, lambda case: wrong_codes(*case[:3], **case[3]))
+        or first_wrong(ENDING_TEST, partial(wrong_endings, variant))
+    )

@@ -15,19 +15,15 @@ class Dense:
 
     def prepare(self, weight: Weight, dtype: mx.Dtype, largest: int | None) -> dict[str, Any]:
         """Codes in `dtype`; in 16 bits, products are rounded once, after the sum."""
-        operand = self.operand(weight, dtype, largest)
-        mx.eval(operand)
-        return operand
-
-    def operand(self, weight: Weight, dtype: mx.Dtype, largest: int | None) -> dict[str, Any]:
-        """The same, yet to be computed: for one product, also within a compiled function."""
         dtype = product_dtype(dtype, largest)
         codes, scales, columns = weight.codes(dtype), weight.scales, step(weight, largest)
         if dtype != mx.float32:
             unit = sixteen_bit_unit(weight, largest)
             codes, scales = codes * unit, scales / unit
             columns = weight.columns // weight.groups  # parts would be rounded one by one
-        return {"codes": split(codes, columns), "scales": scales}
+        operand = {"codes": split(codes, columns), "scales": scales}
+        mx.eval(operand)
+        return operand
 
     def multiply(self, x: mx.array, factor: mx.array | None, operand: dict[str, Any]) -> mx.array:
         """(…, rows) float32; with a factor x holds codes, without one floats."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import mlx.core as mx
 
+HOPPER = 90  # of NVIDIA: H100 and H200
 M5 = 17  # the first of Apple's GPU generations that multiplies small integers fast
 
 

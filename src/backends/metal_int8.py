@@ -117,16 +117,3 @@ class MetalInt8:
     ) -> mx.array:
         """(rows, outputs); `columns` is a row of a bias table, none adds no bias."""
         return kernels.multiply(codes, operand["codes"], operand["scales"], columns, dtype)
-
-    def linear(
-        self,
-        x: mx.array,
-        grid: InputGrid,
-        operand: dict[str, Any],
-        columns: mx.array | None = None,
-    ) -> mx.array:
-        """A whole quantized linear in two kernels: (…, columns) to (…, outputs), in x's dtype."""
-        shape = (*x.shape[:-1], len(operand["scales"]))
-        if x.size == 0:
-            return mx.zeros(shape, dtype=x.dtype)
-        return self.product(self.quantize(x, grid), operand, x.dtype, columns).reshape(shape)

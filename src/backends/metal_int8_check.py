@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 from contextlib import suppress
@@ -15,7 +16,7 @@ import numpy as np
 from ..errors import UserError
 from ..store import hash_json, read_json, write_json
 from . import metal_int8_kernels as kernels
-from .cuda_int8_check import Case, first_wrong, random_input, random_product
+from .cuda_int8_check import QUANTIZER_TEST, Case, first_wrong, random_input, random_product
 from .device import M5, Device
 from .fusing import InputGrid
 from .tuning import cache_folder
@@ -31,11 +32,6 @@ SELF_TEST = (
     Case(300, 128, 6144, 4),
     Case(128, 128, 6144, 8),
     Case(641, 384, 96, 4),
-)
-QUANTIZER_TEST = (
-    (77, 96, mx.float16, {"per_token": True}),
-    (130, 160, mx.bfloat16, {"shifted": True, "smoothed": True}),
-    (33, 1536, mx.float32, {"shifted": True, "smoothed": True, "per_token": True}),
 )
 
 
@@ -95,26 +91,43 @@ def record_file() -> Path:
     return cache_folder() / "metal_int8.json"
 
 
-def record(machine: Machine, wrong: str) -> dict[str, Any]:
+def record(machine: Machine, wrong: str, process: int = 0) -> dict[str, Any]:
+    """`process` is the one that is still testing, 0 of a test that is over."""
     parts = [kernels.text(name) for name in ("quantize_header", "quantize", "multiply")]
     source = hash_json([*parts, kernels.TILE, kernels.SIMDGROUPS])
     known = [machine.architecture, machine.macos, machine.mlx, source]
-    return {"format": FORMAT, "version": VERSION, "machine": known, "wrong": wrong}
+    head = {"format": FORMAT, "version": VERSION, "machine": known}
+    return {**head, "wrong": wrong, "process": process}
 
 
 def remembered(machine: Machine) -> str | None:
-    """What an earlier self-test found, none where there was none for these kernels here."""
+    """What an earlier self-test found, none where there was none for these kernels here, or where
+    it is still going on in another process."""
     try:
         found = read_json(record_file(), FORMAT, VERSION)
     except UserError:
         return None
-    wrong = found.get("wrong")
-    return wrong if isinstance(wrong, str) and found == record(machine, wrong) else None
+    wrong, process = found.get("wrong"), found.get("process")
+    if not isinstance(wrong, str) or type(process) is not int:
+        return None
+    return wrong if found == record(machine, wrong, process) and not lives(process) else None
 
 
-def remember(machine: Machine, wrong: str) -> None:
+def lives(process: int) -> bool:
+    """Whether there is a process of that number, from 1 on."""
+    try:
+        if process > 0:
+            os.kill(process, 0)
+    except PermissionError:  # another user's
+        return True
+    except (ProcessLookupError, OverflowError):
+        return False
+    return process > 0
+
+
+def remember(machine: Machine, wrong: str, process: int = 0) -> None:
     with suppress(UserError):  # where nothing can be written, each process tests anew
-        write_json(record_file(), record(machine, wrong))
+        write_json(record_file(), record(machine, wrong, process))
 
 
 @lru_cache
@@ -122,7 +135,7 @@ def self_test(machine: Machine) -> str:
     """Empty where all is exact, else what went wrong; run once a machine."""
     if (known := remembered(machine)) is not None:
         return known
-    remember(machine, UNFINISHED)  # what a crash of the GPU's driver leaves behind
+    remember(machine, UNFINISHED, os.getpid())  # what a crash of the GPU's driver leaves behind
     try:
         wrong = first_wrong(SELF_TEST, wrong_sums) or first_wrong(QUANTIZER_TEST, wrong_codes)
     except BaseException:

@@ -6,7 +6,6 @@ device and the MLX that it was measured with; anything else is left aside with a
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 import re
@@ -21,7 +20,7 @@ import mlx.core as mx
 
 from ..errors import UserError
 from ..store import read_json
-from .device import M5, Device
+from .device import HOPPER, M5, Device
 
 FORMAT, VERSION = "ditq-tuning", 1
 SWITCH = "DITQ_TUNING"  # "off", or the file
@@ -32,7 +31,6 @@ USUAL = "dense"
 FLOATS = (USUAL, "quantized_matmul")  # that take floats and scales of groups too
 CHOICES = (*FLOATS, "cuda_int8", "metal_int8")
 MARGIN = 1.05
-HOPPER = 90  # as `Device` counts generations
 
 Shape = tuple[int, int]  # N, K
 Crossovers = tuple[tuple[int, str], ...]  # rows, rising, and the backend from there on
@@ -152,10 +150,6 @@ def device_name() -> str:
     return f"{Device.here().kind} {name}"
 
 
-def mlx_version() -> str:
-    return importlib.metadata.version("mlx")
-
-
 def default_path() -> Path:
     """In the user's cache folder, a file a device."""
     choice = os.environ.get(SWITCH, "")
@@ -176,7 +170,7 @@ def described(points: Sequence[Point], date: str) -> dict[str, Any]:
     head = {"format": FORMAT, "version": VERSION, "date": date}
     return head | {
         "device": device_name(),
-        "mlx": mlx_version(),
+        "mlx": mx.__version__,
         "points": [{**vars(point), "seconds": dict(point.seconds)} for point in points],
     }
 
@@ -184,7 +178,7 @@ def described(points: Sequence[Point], date: str) -> dict[str, Any]:
 def read_tuned(path: Path) -> Tuned:
     """The file's table; one that is damaged, or of another device or MLX, is an error."""
     data = read_json(path, FORMAT, VERSION, HINT)
-    for key, here in (("device", device_name()), ("mlx", mlx_version())):
+    for key, here in (("device", device_name()), ("mlx", mx.__version__)):
         if data.get(key) != here:
             raise UserError(f"{path} was measured with {key} {data.get(key)}, here is {here}")
     try:
@@ -210,6 +204,8 @@ def look_up() -> tuple[Tuned | None, str]:
     if os.environ.get(SWITCH) == "off":
         return None, f"as shipped ({SWITCH}=off)"
     path = default_path()
+    if not path.exists() and os.environ.get(SWITCH):
+        return None, f"as shipped, since {path} ({SWITCH}) is missing; `ditq tune` writes it"
     if not path.exists():
         return None, "as shipped; `ditq tune` measures this machine"
     try:

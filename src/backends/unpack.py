@@ -8,7 +8,7 @@ from typing import Any
 import mlx.core as mx
 
 from .reference import product, split, step
-from .weight import PACKED_COLUMNS, Weight, product_dtype, sixteen_bit_unit
+from .weight import Weight, product_dtype, sixteen_bit_unit, unpack
 
 SMALLEST = 1e-30  # that a row's largest scale is taken for, to divide by
 
@@ -37,7 +37,7 @@ class Unpack:
         """(…, rows) float32; with a factor x holds codes, without one floats."""
         codes, unit, dtype = (operand[name] for name in ("codes", "unit", "dtype"))
         if codes.dtype != mx.int8:
-            codes = whole_codes(codes, 32 * codes.shape[1] // x.shape[-1], dtype)
+            codes = unpack(codes, 32 * codes.shape[1] // x.shape[-1], dtype)
         if "inside" in operand:
             inside = operand["inside"]
             groups = codes.astype(mx.float32).reshape(*inside.shape, -1)
@@ -47,12 +47,3 @@ class Unpack:
             codes = codes * unit
         parts = split(codes, operand["step"])
         return product(x.astype(dtype), parts, operand["scales"], factor)
-
-
-def whole_codes(packed: mx.array, bits: int, dtype: mx.Dtype) -> mx.array:
-    """Codes of packed ones in a float dtype; all of them hold these exactly."""
-    shape = (packed.shape[0], packed.shape[1] * 32 // bits // PACKED_COLUMNS)
-    scales, biases = (
-        mx.broadcast_to(mx.array(value, dtype=dtype), shape) for value in (1, -(2 ** (bits - 1)))
-    )
-    return mx.dequantize(packed, scales, biases, group_size=PACKED_COLUMNS, bits=bits)

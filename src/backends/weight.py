@@ -48,9 +48,9 @@ def check_mlx_bits(bits: int) -> None:
         raise UserError(f"{bits} bits cannot be packed; valid: {', '.join(map(str, MLX_BITS))}")
 
 
-def unpack(packed: mx.array, bits: int) -> mx.array:
-    """(rows, columns) float32 codes of packed ones."""
-    ones = mx.ones((packed.shape[0], packed.shape[1] // bits), dtype=mx.float32)
+def unpack(packed: mx.array, bits: int, dtype: mx.Dtype = mx.float32) -> mx.array:
+    """(rows, columns) codes of packed ones in a float dtype; all of them hold these exactly."""
+    ones = mx.ones((packed.shape[0], packed.shape[1] // bits), dtype=dtype)
     offset = -float(2 ** (bits - 1))
     return mx.dequantize(packed, ones, offset * ones, group_size=PACKED_COLUMNS, bits=bits)
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from ..backends import BACKENDS, Backend, Weight, cuda_int8, idle, named
+from ..backends import BACKENDS, Backend, Weight, cuda_int8, idle, metal_int8, named
+from ..backends.cuda_int8 import CudaInt8
+from ..backends.metal_int8 import MetalInt8
 from ..models.mmdit import MMDiT
 from ..quant.linear import QuantizedLinear
 from .subjects import quantized_layers
+
+REFUSALS = {CudaInt8: cuda_int8.refusal, MetalInt8: metal_int8.refusal}  # of single weights
 
 
 @dataclass(frozen=True)
@@ -20,23 +24,19 @@ class Available:
 
 
 def available(asked: Sequence[str]) -> Available:
-    """Of those asked for, or of all; an unknown name is an error."""
+    """Of those asked for, or of all; an unknown name is an error. A kernel that would leave all
+    layers to another one does not run."""
     names = list(dict.fromkeys(asked)) or list(BACKENDS)
-    reasons = {name: reason for name in names if (reason := reason_against(named(name)))}
+    reasons = {name: reason for name in names if (reason := idle(named(name)))}
     return Available([name for name in names if name not in reasons], reasons)
-
-
-def reason_against(backend: Backend) -> str:
-    """Why this device has no such kernel, empty if it has one: another would multiply instead."""
-    return idle(backend)
 
 
 def replaced_note(transformer: MMDiT, backend: Backend) -> str | None:
     """What to say of layers that the kernel leaves to another one."""
-    if not isinstance(backend, cuda_int8.CudaInt8):
+    if not isinstance(backend, tuple(REFUSALS)):
         return None
-    layers = quantized_layers(transformer)
-    reasons = [r for layer in layers.values() if (r := refusal(layer))]
+    layers, refused = quantized_layers(transformer), REFUSALS[type(backend)]
+    reasons = [r for layer in layers.values() if (r := refusal(layer, refused))]
     if not reasons:
         return None
     return (
@@ -45,8 +45,8 @@ def replaced_note(transformer: MMDiT, backend: Backend) -> str | None:
     )
 
 
-def refusal(layer: QuantizedLinear) -> str:
-    """Why integer kernels do not take the layer, empty if they do."""
+def refusal(layer: QuantizedLinear, refused: Callable[[Weight, int | None], str]) -> str:
+    """Why an integer kernel does not take the layer, empty if it does."""
     quantizes = "a_scale" in layer and not layer.runtime.weights_only
     weight = Weight(layer.weight, layer.scales, layer.bits)
-    return cuda_int8.refusal(weight, layer.largest_code() if quantizes else None)
+    return refused(weight, layer.largest_code() if quantizes else None)

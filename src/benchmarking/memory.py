@@ -20,16 +20,22 @@ from .rows import FLOAT, INT8, Spec
 
 # Bytes that a kernel keeps of a weight beside its packed codes; in floats: as many as these have.
 IN_FLOATS = ("dense", "simulated")
-IN_BYTES = ("cuda_int8",)
+IN_BYTES = ("cuda_int8", "metal_int8")
 
 
 def needed_bytes(
-    specs: Sequence[Spec], config: MMDiTConfig, job: Job, text_tokens: int, dtype: mx.Dtype
+    specs: Sequence[Spec],
+    config: MMDiTConfig,
+    job: Job,
+    text_tokens: int,
+    dtype: mx.Dtype,
+    packed: int,
 ) -> int:
-    """Of all rows' transformers and of one step, but for what modulation keeps."""
+    """Of all rows' transformers and of one step, but for what modulation keeps; `packed` are the
+    bytes of the packed codes, which quantized rows share."""
     codes = sum(r * c for path, r, c in linears(config) if is_block_linear(path))
     others = sum(a.size for _, a in tree_flatten(MMDiT(config).parameters())) - codes
-    total = codes // 2 if any(spec.kind not in (FLOAT, INT8) for spec in specs) else 0
+    total = packed if any(spec.kind not in (FLOAT, INT8) for spec in specs) else 0
     for spec in specs:
         if spec.kind == FLOAT:
             total += spec.dtype.size * (codes + others)

@@ -92,7 +92,7 @@ def open_all(model: Model, order: Order, kernels: Available, asked: bool, say: S
     )
     specs, one = specs_of(wanted), job.conditioning(subject.exact)
     config, tokens = subject.exact.transformer.config, one.text.shape[1]
-    needed = needed_bytes(specs, config, job, tokens, subject.exact.dtype)
+    needed = needed_bytes(specs, config, job, tokens, subject.exact.dtype, subject.packed_bytes)
     require_memory(needed, len(specs))
     choice = chosen_layers(subject, options, job, say)
     kept = 0 if choice is None else choice.taken

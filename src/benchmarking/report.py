@@ -146,6 +146,8 @@ def page_lines(data: dict[str, Any]) -> list[str]:
     ]
     if data["slower"]:
         return lines + [f"- {sentence}" for sentence in data["slower"]] + [""]
+    if all(row["kind"] == FLOAT for row in data["rows"]):
+        return [*lines, "No quantized row was run.", ""]
     return [*lines, f"No quantized row is slower than {data['rows'][0]['name']}.", ""]
 
 
@@ -171,6 +173,8 @@ def headline(data: dict[str, Any]) -> str:
     first, *others = data["rows"]
     quantized = [row for row in others if row["kind"] != FLOAT]
     text = f"{first['name']}: {1e3 * first['step_seconds']['median']:.2f} ms a step"
+    if not quantized:
+        return f"{text}; no quantized row was run"
     best = min(quantized, key=lambda row: row["ratio"]["median"])
     text += f"; fastest quantized: {best['name']}, {best['ratio']['median']:.2f} times that"
     return f"{text}; {len(data['slower'])} of {len(quantized)} are slower"

@@ -114,6 +114,7 @@ class Maker:
     def quantized_row(self, spec: Spec) -> Row:
         backend = Simulated() if spec.kind == SIMULATED else named(spec.kernel)
         a_scale = self.wanted.a_scale or self.subject.a_scale
+        mx.eval(self.subject.quantized.transformer.parameters())  # a saved model's are read late
         before = active_bytes()
         pipeline, step = with_kernel(self.subject.quantized, backend, a_scale)
         if spec.modulated:

@@ -16,7 +16,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from ..backends import Backend, Weight, named
 from ..errors import UserError
-from ..inference.kernels import join
+from ..inference.kernels import join, rows_of
 from ..inference.open import Settings, activations, open_artifacts
 from ..inference.saved import is_saved, load_saved, table_schedule
 from ..models.load import MODELS, Model, ModelChoice, load_pipeline
@@ -68,6 +68,12 @@ class Subject:
         """Such as W4."""
         layers = quantized_layers(self.quantized.transformer).values()
         return "W" + "/".join(str(bits) for bits in sorted({layer.bits for layer in layers}))
+
+    @property
+    def packed_bytes(self) -> int:
+        """Of all codes."""
+        layers = quantized_layers(self.quantized.transformer).values()
+        return sum(layer.weight.nbytes for layer in layers)
 
     @property
     def a_scale(self) -> str:
@@ -156,7 +162,7 @@ def with_kernel(
 ) -> tuple[Pipeline, Step | None]:
     """The same codes multiplied by another backend, and the step that its layers follow.
 
-    Without a backend each layer takes the one that suits it.
+    Without a backend each layer takes the one that suits it, at the pipeline's size.
     """
     transformer = quantized.transformer
     old = quantized_layers(transformer)
@@ -164,7 +170,11 @@ def with_kernel(
     step = None if schedule is None else Step(schedule)
     weights_only = next(iter(old.values())).runtime.weights_only
     runtime = Runtime(step, a_scale, backend, weights_only=weights_only)
-    layers = {path: again(layer, quantized.dtype, runtime) for path, layer in old.items()}
+    rows = rows_of(transformer.config, quantized.defaults)
+    layers = {
+        path: again(layer, quantized.dtype, replace(runtime, rows=rows(path)))
+        for path, layer in old.items()
+    }
     made = with_layers(quantized, layers, step)
     join(made.transformer)
     return made, step

@@ -5,18 +5,21 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
 from ..backends import named
+from ..backends.fusing import Fusing
 from ..backends.tuning import Point, table_of
 from ..models.load import default_dtype
 from ..models.pipeline import compiling_is_faster
 from ..quant.artifacts import LayerConfig
 from ..quant.linear import QuantizedLinear, Runtime
-from .timing import in_turns
+from .timing import in_turns, refusal_of
 
 GRID = LayerConfig([8], [0.05])
 SHORTEST = 2e-3  # seconds that are timed at once
@@ -26,6 +29,9 @@ TOO_SLOW = 8  # times the fastest; such a kernel is not measured with more rows
 FEW = 8  # rows, below which none is left out
 
 Call = Callable[[], mx.array]
+Layer = Callable[[mx.array], mx.array]
+Say = Callable[[str], object]
+Made = TypeVar("Made")
 
 
 def measured(
@@ -34,42 +40,62 @@ def measured(
     rows: Sequence[int],
     rounds: int,
     seconds: float,
+    say: Say,
 ) -> Iterator[Point]:
-    """A point a shape and number of rows; the first of each shape whatever time it takes."""
+    """A point a shape and number of rows; the first of each shape whatever time it takes. A kernel
+    that MLX refuses is left out of its shape from there on, and `say` is told."""
     end = time.monotonic() + seconds
-    layers = {shape: layers_of(names, *shape) for shape in shapes}
+    layers = {shape: layers_of(names, *shape, say) for shape in shapes}
     for count in rows:
         for (N, K), calls in layers.items():
-            if count > rows[0] and time.monotonic() > end:
+            if not calls or (count > rows[0] and time.monotonic() > end):
                 continue
             x = mx.random.normal((1, count, K), key=mx.random.key(0)).astype(default_dtype())
             mx.eval(x)
             bound = {name: lambda call=call, x=x: call(x) for name, call in calls.items()}
-            point = Point(count, N, K, times_of(bound, count * N, rounds))
-            fastest = min(point.seconds.values())
-            for name, taken in point.seconds.items():
-                if count >= FEW and taken > TOO_SLOW * fastest:
+            found = times_of(bound, count * N, rounds, say)
+            fastest = min(found.values(), default=math.inf)
+            for name in bound:
+                if name not in found or (count >= FEW and found[name] > TOO_SLOW * fastest):
                     del calls[name]
-            yield point
+            if found:
+                yield Point(count, N, K, found)
 
 
-def layers_of(names: Sequence[str], N: int, K: int) -> dict[str, Callable[[mx.array], mx.array]]:
-    """The same W4A8 layer under each kernel, compiled where a pipeline is."""
+def layers_of(names: Sequence[str], N: int, K: int, say: Say) -> dict[str, Layer]:
+    """The same W4A8 layer under each kernel that multiplies it by itself."""
     linear = nn.Linear(K, N)
     linear.set_dtype(default_dtype())
-    layers = {}
-    for name in names:
-        layer = QuantizedLinear.from_linear(linear, grid=GRID, runtime=Runtime(backend=named(name)))
-        mx.eval(layer.parameters())
-        layers[name] = mx.compile(layer, inputs=layer.state) if compiling_is_faster() else layer
-    return layers
+    made = those_that_run({name: partial(layer_of, linear, name) for name in names}, say)
+    return {name: layer for name, layer in made.items() if layer is not None}
 
 
-def times_of(calls: Mapping[str, Call], outputs: int, rounds: int) -> dict[str, float]:
-    """Median seconds of each, in turns; short ones are queued, many at once."""
-    timed = {name: repeated(call, outputs) for name, call in calls.items()}
-    found = in_turns(timed, rounds)
+def layer_of(linear: nn.Linear, name: str) -> Layer | None:
+    """Compiled where a pipeline is; none where the kernel would leave the layer to another, which
+    would be timed under its name."""
+    backend = named(name)
+    layer = QuantizedLinear.from_linear(linear, grid=GRID, runtime=Runtime(backend=backend))
+    if isinstance(backend, Fusing) and not layer.fuses:
+        return None
+    mx.eval(layer.parameters())
+    return mx.compile(layer, inputs=layer.state) if compiling_is_faster() else layer
+
+
+def times_of(calls: Mapping[str, Call], outputs: int, rounds: int, say: Say) -> dict[str, float]:
+    """Median seconds of each that runs, in turns; short ones are queued, many at once."""
+    begun = {name: partial(repeated, call, outputs) for name, call in calls.items()}
+    found = in_turns(those_that_run(begun, say), rounds)
     return {name: float(np.median(values)) for name, values in found.items()}
+
+
+def those_that_run(calls: Mapping[str, Callable[[], Made]], say: Say) -> dict[str, Made]:
+    """What each kernel's call gives, but for those that MLX refuses."""
+    given: dict[str, Made] = {}
+    for name, call in calls.items():
+        reason = refusal_of(lambda name=name, call=call: given.update({name: call()}))
+        if reason is not None:
+            say(f"{name} is not measured: {reason}")
+    return given
 
 
 def repeated(call: Call, outputs: int) -> Callable[[], float]:
