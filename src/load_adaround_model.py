@@ -62,6 +62,7 @@ def load_adaround_model(
         work = replace(work, images=[])
     work.check()
     refuse_beside_codes(int8)
+    inputs.check_beside(weights_only, a_scale)
     weights_only = weights_only or inputs.layers_take_floats
     settings = Settings(work.kernel(kernel), a_scale, weights_only, modulation_bits)
     artifacts = open_artifacts(model, adaround_output, config_path(quant_config), settings)

@@ -13,7 +13,7 @@ from .cli import command, peak_memory_bytes
 from .evaluation.sources import DTYPES
 from .inference.residual_options import AS_THE_TRACK_HAS_IT, SIXTEEN, Inputs, input_options
 from .load_adaround_model import NO_CONFIG, QUANT_CONFIG, config_path
-from .mass_sampling.plan import KEEPS, make_plan, open_subject
+from .mass_sampling.plan import KEEPS, Order, make_plan, open_subject
 from .mass_sampling.work import draw_all
 from .model_options import model_options
 from .models.load import MODELS, Model
@@ -31,13 +31,13 @@ def sample(
     kernel: str | None = None,
     dtype: str | None = None,
     force: bool = False,
-    **order: Any,
+    **wanted: Any,
 ) -> Path:
     """Fills `output_dir` and gives its path; goes on where an earlier run was stopped.
 
-    `order` are further arguments of `mass_sampling.plan.make_plan`, named as on the command line.
+    `wanted` are the fields of `mass_sampling.plan.Order`, named as on the command line.
     """
-    folder = Path(output_dir)
+    folder, order = Path(output_dir), Order(**wanted)
     require_writable(folder)
     subject = open_subject(
         model,
@@ -48,7 +48,7 @@ def sample(
         dtype=dtype,
         weights_only=inputs.layers_take_floats,
     )
-    plan = make_plan(subject, inputs.options, **order)
+    plan = make_plan(subject, inputs.options, order)
     for note in subject.notes:
         click.echo(f"note: {note}", err=True)
     return draw_all(plan, folder, force)

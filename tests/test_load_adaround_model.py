@@ -11,7 +11,7 @@ from src.cache_adaround_data import cache_adaround_data
 from src.collect_layer_activations import collect_layer_activations
 from src.generate import generate
 from src.generate_calibration_data import generate_calibration_data
-from src.inference.compare import weight_bytes
+from src.inference.compare import Request, draw, measure, weight_bytes
 from src.inference.ladder import ladder
 from src.inference.open import Settings, open_artifacts, open_quantized
 from src.inference.residuals import Options, Work
@@ -439,7 +439,24 @@ def test_changes_are_quantized_and_the_model_is_saved_without(work):
         (work / name / "model.safetensors").read_bytes() for name in ("saved", "plain")
     )
     assert saved == wanted
+    cards = [(work / name / "README.md").read_text() for name in ("saved", "plain")]
+    assert all("W4A16" in card and "modulated" not in card for card in cards)
     assert (work / "quantized.png").read_bytes() != (work / "plain.png").read_bytes()
+
+
+def test_blocks_are_measured_along_the_whole_way(work):
+    """Static scales are those of changes from each step to the next: where steps between the
+    measured ones were left out, changes would be clipped."""
+    opened = open_artifacts("tiny", work / "adaround_output", None, Settings(weights_only=True))
+    request = Request.of(opened.pipeline, PROMPTS[:1], 0, 12, None)
+    way = draw(opened.pipeline, request, trails=1)[0].trail
+    quantized = opened.inject(keep=True)
+    steps = Work.of(quantized.pipeline, 12, request.cfg_weight)
+    quantized = quantized.quantize_inputs(Options("all", 8, scale_pictures=1), steps, print)
+    quantized.set_quant_state(weights=False)
+    measured = measure(quantized, request, way)
+    assert len(measured.traced) == 3
+    assert min(measured.blocks["image"]) > 32  # dB; 28 where steps are left out
 
 
 def test_modulation_that_cannot_be_is_one_line(work):
@@ -448,6 +465,10 @@ def test_modulation_that_cannot_be_is_one_line(work):
         (["--modulate", "auto"], ["needs --modulate-memory"]),
         (["--modulate", "fc9"], ["matches none of 21 layers"]),
         (["--residual-scale", "token"], ["is for --modulate or --act-bit"]),
+        (["--weights-only", "--modulate"], ["--weights-only leaves inputs in 16 bits"]),
+        (["--weights-only", "--act-bit", "4"], ["--weights-only leaves inputs in 16 bits"]),
+        (["--a-scale", "token", "--act-bit", "8"], ["give --residual-scale token"]),
+        (["--a-scale", "token", "--act-bit", "16"], ["--a-scale token", "leave it out"]),
     ):
         assert_one_error_line(stage(work, "--prompt", PROMPTS[0], *arguments), *words)
     assert not (work / "quantized.png").exists()

@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 from src.errors import UserError
+from src.inference.residual_measures import gains_of
 from src.inference.residual_setup import apply, prepare
-from src.inference.residuals import Options, Work, cache_bytes, layers_of, unwrap, within, wrapped
+from src.inference.residuals import (
+    Options,
+    Work,
+    cache_bytes,
+    layers_of,
+    refuse,
+    unwrap,
+    within,
+    wrapped,
+)
 from src.models.load import load_pipeline
 from src.models.paths import block_linears
+from src.models.pipeline import Conditioning, TextEncoder
 from src.quant.artifacts import LayerConfig
 from src.quant.int8 import INT8Linear
 from src.quant.linear import QuantizedLinear, Runtime
@@ -394,6 +408,31 @@ def test_weights_that_were_not_kept_cannot_be_switched_to():
         set_quant_state(model, weights=False)
 
 
+def test_what_is_kept_holds_nothing_else_in_memory():
+    """Such as the codes of the last change, and what â was before it."""
+    pipeline = modulated_pipeline(Options("all", 8, "tensor"))
+    velocity, sigmas = pipeline.velocity(pipeline.condition([PROMPT], 4.0), 4.0), (1.0, 0.9, 0.8)
+    for sigma in sigmas:
+        mx.eval(velocity(mx.zeros((1, 8, 8, 16)), mx.array(sigma)))
+    held = mx.get_active_memory()
+    mx.eval(pipeline.transformer.memory.arrays)
+    assert mx.get_active_memory() == held
+
+
+def test_a_switch_that_is_refused_changes_nothing():
+    """No part of the layer, and no other layer."""
+    first, second = (linear(seed) for seed in (0, 1))
+    model = nn.Sequential(
+        ModulatedLinear(first, Dynamic(4, "token"), values=Dynamic(4, "token", 4), exact=first),
+        ModulatedLinear(second, Dynamic(4, "token"), exact=second),
+    )
+    for state in ({"modulate": False}, {"weights": False, "modulate": False}):
+        with pytest.raises(UserError, match="no scales for its input as it is"):
+            set_quant_state(model, **state)
+        assert all(layer.modulates for layer in model.layers)
+        assert all(layer._parts is layer._quantized for layer in model.layers)
+
+
 def four_steps(pipeline) -> Work:
     return Work.of(pipeline, 4, 4.0)
 
@@ -429,6 +468,45 @@ def test_the_bytes_that_are_told_are_those_that_are_kept():
     assert prepared.choice.taken == pipeline.transformer.memory.nbytes
     assert all(path.endswith("fc2") for path in prepared.choice.layers)
     assert len(lines) == 1 and f"{len(prepared.choice.layers)} of" in lines[0]
+
+
+def test_what_measuring_keeps_is_told_and_counted():
+    """Static scales are measured on some pictures at once, more than are drawn at once later."""
+    pipeline, lines = load_pipeline("tiny"), []
+    work, held = four_steps(pipeline), []
+
+    class Watch:
+        def step(self, step) -> None:
+            held.append(pipeline.transformer.memory.nbytes)
+
+    options = Options("fc2", 8, scale_pictures=3)
+    prepared = prepare(pipeline, options, work, None, lines.append, [Watch()])
+    assert prepared.choice.taken == max(held) and "3 pictures at once" in lines[0]
+    limit = (prepared.choice.taken - 1) / 1e9
+    with pytest.raises(UserError, match="3 pictures at once.* measure static scales on fewer"):
+        refuse(pipeline, replace(options, modulate_memory=limit), work)
+
+
+class Counting:
+    """A text encoder that counts how often it is asked: SD3's reads T5 from the disk each time."""
+
+    def __init__(self, encoder: TextEncoder) -> None:
+        self.encoder, self.asked = encoder, 0
+
+    def __call__(self, prompts: Sequence[str]) -> Conditioning:
+        self.asked += 1
+        return self.encoder(prompts)
+
+
+def test_texts_are_encoded_once_for_all_layers():
+    pipeline = load_pipeline("tiny")
+    counting = Counting(pipeline.encode_text)
+    pipeline, work = replace(pipeline, encode_text=counting), four_steps(pipeline)
+    found = gains_of(pipeline, Options("auto", modulate_memory=1.0), work, None, lambda line: None)
+    assert counting.asked == 1 and len(found) > 1
+    refuse(pipeline, Options("all"), work)
+    prepare(pipeline, Options(None, 8, "token"), work, None, print)
+    assert counting.asked == 1
 
 
 def test_a_budget_takes_the_largest_gains_for_a_byte():

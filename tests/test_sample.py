@@ -5,14 +5,19 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from src.evaluation.networks import ScorerNetwork
+from src.inference.residuals import Work
+from src.mass_sampling.plan import Plan, Subject
 from src.mass_sampling.work import kept_latents
 from src.models.load import load_pipeline
+from src.models.sd3_text import SD3TextEncoder, Text
 from src.sample import sample
 from src.store import load_npz, read_manifest
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from PIL import Image
@@ -165,6 +170,9 @@ def test_features_alone_tell_what_the_pictures_would(tmp_path):
         (["--timesteps", "0"], ["number of steps must be at least 1"]),
         (["--dtype", "int8"], ["--dtype int8 is unknown; valid: float16, float32"]),
         (["--seed", "-1"], ["seed -1 is out of range"]),
+        # What no model could give is said before one is looked for.
+        (["--adaround-output", "nowhere", "--keep", "all"], ["unknown --keep 'all'"]),
+        (["--adaround-output", "nowhere", "--batch-size", "0"], ["--batch-size must be at least"]),
         (["--adaround-output", "nowhere"], ["no folder nowhere"]),
     ],
 )
@@ -177,6 +185,29 @@ def test_a_folder_of_other_work_is_left_alone(undisturbed, work):
     before = contents(undisturbed)
     assert_one_error_line(stage(work, "whole", "--act-bit", "4"), "--force")
     assert contents(undisturbed) == before
+
+
+@pytest.mark.parametrize("other", [["--act-bit", "16"], ["--kernel", "reference"]])
+def test_the_same_weights_that_run_otherwise_are_other_work(work, other):
+    """Neither shows in how wrappers quantize inputs: there are none."""
+    output, few = f"runs{other[0]}", ["--num-samples", "1", "--timesteps", "1"]
+    assert stage(work, output, *few).returncode == 0
+    before = contents(work / output)
+    assert_one_error_line(stage(work, output, *few, *other), "--force")
+    assert contents(work / output) == before
+
+
+def test_what_reads_the_prompts_is_part_of_the_work():
+    """Pictures that T5 had no part in are not gone on with by a run in which it has."""
+    found = []
+    for text in (Text(), Text(t5=False), Text(bits=8)):
+        pipeline = replace(
+            load_pipeline("tiny"), encode_text=SD3TextEncoder(None, mx.float32, text)
+        )
+        subject = Subject(pipeline, None, 16, {}, [], {})
+        work = Work.of(pipeline, 1, 0.0)
+        found.append(Plan(subject, None, work, ["a"], [0], "pictures", 0, None).settings())
+    assert found[0] != found[1] != found[2] != found[0]
 
 
 def test_scales_that_were_lost_are_measured_again(undisturbed, work):

@@ -140,14 +140,16 @@ class Bench:
             return self.tracks["quant_config"]
         path = self.calibration / "activations" / "quant_config.json"
         if not path.exists():
-            stats = collect_layer_activations(self.calibration, num_images=16)
-            analyze_activations(stats, policy="error", tiers=(8,))
-        return path
+            stats = together(collect_layer_activations(self.calibration, num_images=16))
+            if Ranks.here().rank == 0:
+                analyze_activations(stats, policy="error", tiers=(8,))
+        return together(path)
 
     @property
     def calibration(self) -> Path:
         images = self.tracks["num_images"]
-        return generate_calibration_data(MODEL, self.work / "calibration", num_images=images)
+        folder = self.work / "calibration"
+        return together(generate_calibration_data(MODEL, folder, num_images=images))
 
     def weights(self, bits: int) -> Path:
         """The weight track's result."""
@@ -157,14 +159,14 @@ class Bench:
         if not (folder / MANIFEST_NAME).exists():
             images = self.tracks["num_images"]
             adaround_optimize(
-                cache_adaround_data(self.calibration, num_images=images, stride=3),
+                together(cache_adaround_data(self.calibration, num_images=images, stride=3)),
                 folder,
                 bits_w=bits,
                 method=self.tracks["method"],
                 iters=self.tracks["iters"],
                 quant_config=self.config(),
             )
-        return folder
+        return together(folder)
 
     def render_truth(self, eyes: ScorerNetwork) -> Path:
         """Statistics of the rendered scenes of all captions."""
@@ -208,6 +210,12 @@ class Bench:
                 to = load_statistics(other, eyes.identity)
                 figures["to_full_precision"] = known.pooled.distance(to.pooled)
         return figures
+
+
+def together(path: Path) -> Path:
+    """What ranks make together, once the last of them is done with it."""
+    Ranks.here().barrier()
+    return path
 
 
 def latent_figures(wanted: np.ndarray, got: np.ndarray) -> dict[str, Any]:
@@ -281,9 +289,9 @@ def main(
         write_bytes(bench.prompts, "\n".join(captions(bench.scenes())).encode() + b"\n")
         if num_pictures > max(eyes.identity.pooled, eyes.identity.spatial):
             bench.render_truth(eyes)
-        for bits in {row.weight_bit for row in chosen} - {SIXTEEN}:
-            bench.weights(bits)
     ranks.barrier()
+    for bits in sorted({row.weight_bit for row in chosen} - {SIXTEEN}):
+        bench.weights(bits)  # on all ranks: the stages split their work
     for row in chosen:
         bench.draw(row)
         ranks.barrier()

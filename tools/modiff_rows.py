@@ -121,6 +121,13 @@ def figure_of(row: dict[str, Any] | None, key: str) -> float | None:
 
 
 def goals() -> list[Goal]:
+    """Of the rows that there are."""
+    names = {row.name for row in all_rows()}
+    return [goal for goal in asked_for() if {goal.row, goal.other} <= names]
+
+
+def asked_for() -> list[Goal]:
+    """Of all weights, bits and scales alike."""
     found = []
     for weight in (8, 4, SIXTEEN):
         for scale in ("static", "dynamic"):

@@ -18,7 +18,8 @@ from ..metrics.signal import sqnr_db
 from ..metrics.ssim import ssim
 from ..models.mmdit import MMDiT
 from ..models.pipeline import Pipeline
-from ..sampling import Callback, Noise, Step, guided, uses_guidance
+from ..quant.modulated import Velocity
+from ..sampling import Callback, Noise, Step, uses_guidance
 from .export import quantized_layers, transformer_tensors
 from .open import Quantized
 
@@ -169,14 +170,14 @@ def measure(quantized: Quantized, request: Request, reference: Trail) -> Measure
     pipeline = quantized.pipeline
     sigmas = request.sigmas(pipeline)
     way = reference_of(pipeline, request, 0, reference)
-    traced = reference_of(pipeline, request, 0, reference, TRACED_STEPS)
+    places = evenly(len(sigmas), TRACED_STEPS)
     return Measured(
         sigmas,
         teacher_forced_sqnr(pipeline.transformer, way)[:, 0].tolist(),
-        traced.sigmas,
-        block_sqnr(quantized, traced),
+        [sigmas[place] for place in places],
+        block_sqnr(quantized, way, places),
         memory_of_both(quantized),
-        seconds_a_step(quantized, traced),
+        seconds_a_step(quantized, way),
     )
 
 
@@ -185,7 +186,7 @@ def reference_of(
 ) -> Reference:
     """The 16-bit model's way to picture `index`: all its steps, or about so many, evenly."""
     sigmas = request.sigmas(pipeline)
-    places = range(0, len(sigmas), 1 if steps is None else max(1, len(sigmas) // steps))
+    places = evenly(len(sigmas), steps)
     return Reference(
         pipeline.condition([request.prompts[index]], request.cfg_weight),
         request.cfg_weight,
@@ -195,31 +196,43 @@ def reference_of(
     )
 
 
-def block_sqnr(quantized: Quantized, reference: Reference) -> dict[str, list[float]]:
-    """dB of what leaves each block, by stream, mean over the reference's steps.
+def evenly(count: int, steps: int | None) -> range:
+    """All of so many steps, or about `steps` of them."""
+    return range(0, count, 1 if steps is None else max(1, count // steps))
+
+
+def block_sqnr(
+    quantized: Quantized, way: Reference, places: Sequence[int]
+) -> dict[str, list[float]]:
+    """dB of what leaves each block, by stream, mean over some places of the whole way.
 
     Both models run as wholes on the same latent: a block's error is that of all up to it. A model
-    that modulates takes these steps for its whole schedule, so its changes are larger than usual.
+    that modulates walks all of the way, since its changes are those from step to step.
     """
     tables: dict[str, list[list[float]]] = {"image": [], "text": []}
-    quantized.pipeline.transformer.reset_cache()
-    for place in range(len(reference.sigmas)):
-        with quantized.sixteen_bit() as pipeline:
-            wanted = traced_blocks(pipeline, reference, place)
-        got = traced_blocks(quantized.pipeline, reference, place)
+    pipeline, weight = quantized.pipeline, way.cfg_weight
+    velocity = pipeline.velocity(way.conditioning, weight, compiled=False)
+    modulates = pipeline.transformer.memory is not None
+    for place in range(max(places) + 1) if modulates else places:
+        got = traced_blocks(pipeline, velocity, way, place)
+        if place not in places:
+            continue
+        with quantized.sixteen_bit() as exact:
+            own = exact.velocity(way.conditioning, weight, compiled=False)
+            wanted = traced_blocks(exact, own, way, place)
         for stream, table in tables.items():
             pairs = zip(getattr(wanted, stream)[1:], getattr(got, stream)[1:], strict=True)
             table.append([sqnr_db(*pair) for pair in pairs])
     return {stream: np.mean(table, axis=0).tolist() for stream, table in tables.items()}
 
 
-def traced_blocks(pipeline: Pipeline, reference: Reference, place: int) -> BlockTrace:
+def traced_blocks(
+    pipeline: Pipeline, velocity: Velocity, reference: Reference, place: int
+) -> BlockTrace:
     """What passes between the blocks at one of the reference's latents."""
-    text, pooled = reference.conditioning.text, reference.conditioning.pooled
     level = mx.array(reference.sigmas[place], dtype=mx.float32)
-    latent, weight = reference.latents[place], reference.cfg_weight
     with captured_blocks(pipeline.transformer) as trace:
-        mx.eval(guided(pipeline.transformer, latent, level, text, pooled, weight))
+        mx.eval(velocity(reference.latents[place], level))
     return trace
 
 

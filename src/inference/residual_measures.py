@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from ..models.pipeline import Pipeline
+from ..models.pipeline import Conditioning, Pipeline
 from ..models.prompts import load_prompts
 from ..quant.modulated import Modulated, set_quant_state
 from ..quant.residual_scales import ANCHOR_BITS, STATIC, Dynamic, Search
@@ -46,21 +46,32 @@ def measured_scales(
         for path, search in searches.items()
     }
     with wrapped(model, quantizers, level):
-        draw(pipeline, options.scale_pictures, work, callbacks)
+        draw(pipeline, calibration(pipeline, options.scale_pictures, work), work, callbacks)
     return {path: search.found for path, search in searches.items()}
 
 
-def draw(
-    pipeline: Pipeline, pictures: int, work: Work, callbacks: Sequence[StepCallback]
-) -> mx.array:
-    """Latents of some captions to calibrate with, step by step."""
+@dataclass(frozen=True)
+class Captions:
+    """Some to calibrate with, encoded."""
+
+    pictures: int
+    conditioning: Conditioning
+
+
+def calibration(pipeline: Pipeline, pictures: int, work: Work) -> Captions:
+    """The first of the model's own list, again and again."""
     texts = load_prompts(pipeline.prompts)
-    conditioning = pipeline.condition(
-        [texts[i % len(texts)] for i in range(pictures)], work.cfg_weight
-    )
+    chosen = [texts[i % len(texts)] for i in range(pictures)]
+    return Captions(pictures, pipeline.condition(chosen, work.cfg_weight))
+
+
+def draw(
+    pipeline: Pipeline, captions: Captions, work: Work, callbacks: Sequence[StepCallback]
+) -> mx.array:
+    """Latents of the captions, step by step."""
     return denoise(
-        pipeline.velocity(conditioning, work.cfg_weight, compiled=False),
-        Noise([SCALE_SEED + i for i in range(pictures)]),
+        pipeline.velocity(captions.conditioning, work.cfg_weight, compiled=False),
+        Noise([SCALE_SEED + i for i in range(captions.pictures)]),
         pipeline.sigmas(work.num_steps),
         pipeline.latent_shape(work.height, work.width),
         callbacks=callbacks,
@@ -94,23 +105,25 @@ def gains_of(
         Dynamic(options.act_bit, kind, bits) for bits in (ANCHOR_BITS, options.act_bit)
     )
     paths = list(layers_of(pipeline.transformer))
+    captions = calibration(pipeline, GAIN_PICTURES, work)
     places = sorted({max(1, int(share * work.num_steps)) for share in GAIN_PLACES})
     with wrapped(pipeline.transformer, dict.fromkeys(paths, (residuals, values)), level) as layers:
         set_quant_state(pipeline.transformer, activations=False)
         keep, started = KeepPairs([p for p in places if p < work.num_steps]), time.perf_counter()
-        draw(pipeline, GAIN_PICTURES, work, [keep])
+        draw(pipeline, captions, work, [keep])
         seconds = (time.perf_counter() - started) / work.num_steps * 3 * len(keep.places)
         say(
             f"measuring what modulation gives to each of {len(paths)} layers, about "
             f"{seconds * len(paths):.0f} s"
         )
-        return {path: gain(pipeline, layers[path], keep, work) for path in paths}
+        conditioning = captions.conditioning
+        return {p: gain(pipeline, conditioning, layers[p], keep, work) for p in paths}
 
 
-def gain(pipeline: Pipeline, layer: Modulated, keep: KeepPairs, work: Work) -> float:
+def gain(
+    pipeline: Pipeline, conditioning: Conditioning, layer: Modulated, keep: KeepPairs, work: Work
+) -> float:
     """Of one layer."""
-    texts = load_prompts(pipeline.prompts)[:GAIN_PICTURES]
-    conditioning = pipeline.condition(texts, work.cfg_weight)
     removed = []
     for place in keep.places:
         errors = []

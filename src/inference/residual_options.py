@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from ..errors import UserError
+from ..quant.linear import A_SCALES
 from ..quant.residual_scales import ANCHOR_BITS, KINDS
 from .residuals import ALL, AUTO, SCALE_PICTURES, Options
 
@@ -34,6 +35,21 @@ class Inputs:
             raise UserError("--act-bit 16 leaves nothing to modulate; give 2 to 8")
         if self.options is None and self.residual_scale != KINDS[0]:
             raise UserError("--residual-scale is for --modulate or --act-bit; give one of them")
+
+    def check_beside(self, weights_only: bool, a_scale: str) -> None:
+        """Raises where the layers' own options contradict what was asked for."""
+        asked = self.options is not None
+        if weights_only and asked:
+            raise UserError(
+                "--weights-only leaves inputs in 16 bits, which --modulate and --act-bit quantize; "
+                "leave one of them out"
+            )
+        if self.layers_take_floats and a_scale != A_SCALES[0]:
+            instead = f"give --residual-scale {a_scale}" if asked else "leave it out"
+            raise UserError(
+                f"--a-scale {a_scale} is for the quant config's own bits, not for --modulate or "
+                f"--act-bit; {instead}"
+            )
 
     @property
     def options(self) -> Options | None:

@@ -19,7 +19,17 @@ from ..sampling import StepCallback
 from ..store import read_json, require_match, write_json
 from ..store.files import damaged
 from .residual_measures import Say, gains_of, measured_scales
-from .residuals import Choice, Levels, Options, Work, choose, layers_of, quantizers_of, wrap
+from .residuals import (
+    Choice,
+    Levels,
+    Options,
+    Work,
+    choose,
+    largest_work,
+    layers_of,
+    quantizers_of,
+    wrap,
+)
 
 FORMAT, VERSION = "ditq-residual-scales", 1
 HINT = "remove it, or draw into another folder"
@@ -52,7 +62,7 @@ class Prepared:
 def load_prepared(
     path: Path, options: Options, work: Work, made_from: Mapping[str, Any]
 ) -> Prepared:
-    """What `save` wrote for this very work."""
+    """What `save` wrote for this model; that options and work are the same is for the caller."""
     data = read_json(path, FORMAT, VERSION, HINT)
     require_match(path, data.get("made_from"), dict(made_from), HINT)
     try:
@@ -79,11 +89,15 @@ def prepare(
 ) -> Prepared:
     """Chooses the layers, says what they keep, and measures their scales where they are static.
 
-    `level` is what the transformer follows; the transformer is left as it was.
+    `level` is what the transformer follows. Its layers are in their places again afterwards, but
+    their kernels may be prepared for other inputs than before: `apply` prepares them anew.
     """
-    choice = choose(pipeline, options, work, lambda: gains_of(pipeline, options, work, level, say))
+    largest = largest_work(options, work)
+    choice = choose(
+        pipeline, options, largest, lambda: gains_of(pipeline, options, work, level, say)
+    )
     if options.modulate is not None:
-        say(choice.described(work.batch_size))
+        say(choice.described(largest.batch_size))
     scales = None
     if options.residual_scale == STATIC:
         say(

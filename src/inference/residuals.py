@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 
 import mlx.core as mx
@@ -87,10 +87,10 @@ class Choice:
     def taken(self) -> int:
         return sum(self.nbytes[path] for path in self.layers)
 
-    def described(self, batch_size: int) -> str:
+    def described(self, pictures: int) -> str:
         return (
             f"modulation keeps {human_bytes(self.taken)} for {len(self.layers)} of "
-            f"{len(self.nbytes)} layers and {batch_size} pictures at once; all layers would keep "
+            f"{len(self.nbytes)} layers and {pictures} pictures at once; all layers would keep "
             f"{human_bytes(sum(self.nbytes.values()))}"
         )
 
@@ -145,6 +145,13 @@ def cache_bytes(pipeline: Pipeline, work: Work) -> dict[str, int]:
     }
 
 
+def largest_work(options: Options, work: Work) -> Work:
+    """With the most pictures for which something is kept: static scales are measured on some
+    together."""
+    measured = options.scale_pictures if options.residual_scale == STATIC else 0
+    return replace(work, batch_size=max(work.batch_size, measured))
+
+
 def shape_of(layer: nn.Module) -> tuple[int, int]:
     """Outputs and inputs of a linear."""
     rows, columns = layer.weight.shape
@@ -152,7 +159,9 @@ def shape_of(layer: nn.Module) -> tuple[int, int]:
 
 
 def matching(paths: Sequence[str], pattern: str) -> list[str]:
-    """The paths of which the pattern, with * and ?, describes a part."""
+    """The paths of which the pattern, with * and ?, describes a part; or all."""
+    if pattern == ALL:
+        return list(paths)
     found = [path for path in paths if fnmatchcase(path, f"*{pattern}*")]
     if not found:
         raise UserError(
@@ -170,26 +179,30 @@ def choose(
 ) -> Choice:
     """The layers that the options mean. With auto, those with the largest gain for a byte; else
     what does not fit into the memory is an error."""
-    nbytes, budget = cache_bytes(pipeline, work), options.modulate_memory
     if options.modulate is None:
-        return Choice([], nbytes)
+        return Choice([], {})
+    nbytes, budget = cache_bytes(pipeline, work), options.modulate_memory
     if options.modulate == AUTO:
         found = gains()
         return Choice(within(budget * 1e9, found, nbytes), nbytes, found)
-    paths = list(nbytes)
-    choice = Choice(paths if options.modulate == ALL else matching(paths, options.modulate), nbytes)
+    choice = Choice(matching(list(nbytes), options.modulate), nbytes)
     if budget is not None and choice.taken > budget * 1e9:
         raise UserError(
             f"{choice.described(work.batch_size)}; that is more than --modulate-memory {budget} "
-            f"GB; draw fewer pictures at once, or use --modulate {AUTO}"
+            "GB; draw fewer pictures at once and measure static scales on fewer, or use "
+            f"--modulate {AUTO}"
         )
     return choice
 
 
 def refuse(pipeline: Pipeline, options: Options, work: Work) -> None:
     """Raises for layers that are not there, or that keep too much, before any work."""
-    if options.modulate != AUTO:
-        choose(pipeline, options, work, dict)
+    if options.modulate in (None, AUTO):
+        return
+    if options.modulate_memory is None:  # a text is encoded only where bytes are counted
+        matching(list(layers_of(pipeline.transformer)), options.modulate)
+    else:
+        choose(pipeline, options, largest_work(options, work), dict)
 
 
 def within(budget: float, gains: Mapping[str, float], nbytes: Mapping[str, int]) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import click
@@ -159,7 +159,9 @@ def write_pictures(
 
 
 def save(quantized: Quantized, folder: Path, force: bool) -> Path:
-    settings = {"weights": f"{quantized.bits} bits, {quantized.method}", "runs as": quantized.name}
+    """Without wrappers, and so without what these did to inputs."""
+    saved = replace(quantized, inputs=None).name
+    settings = {"weights": f"{quantized.bits} bits, {quantized.method}", "runs as": saved}
     with quantized.without_wrappers() as pipeline:
         return save_model(
             pipeline, folder, made_from=quantized.sources.hashes, settings=settings, force=force

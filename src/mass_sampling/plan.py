@@ -12,14 +12,14 @@ import numpy as np
 from ..errors import UserError
 from ..evaluation.networks import Network, network
 from ..evaluation.sources import DTYPES
-from ..inference.open import Artifacts, Settings, check_sigmas, open_artifacts
+from ..inference.open import Settings, open_artifacts
 from ..inference.residual_options import SIXTEEN
 from ..inference.residuals import Options, Work, refuse
 from ..models.load import Model, chosen, load_pipeline
-from ..models.mmdit import NoiseLevel
 from ..models.pipeline import Pipeline
 from ..models.prompts import load_prompts
 from ..quant.loading import source_of
+from ..quant.schedule import Step
 from ..sampling import Noise, uses_guidance
 from ..store import hash_json
 
@@ -29,15 +29,54 @@ PNG_SHARE = 0.7  # of a picture's bytes, that its PNG takes at most
 
 
 @dataclass(frozen=True)
+class Order:
+    """What is asked for, named as on the command line; none: the model's own. What no model could
+    give is refused here, before one is loaded."""
+
+    timesteps: int | None = None
+    num_samples: int = 64
+    cfg_weight: float | None = None
+    prompts: str | None = None
+    seed: int = 0
+    batch_size: int = 16
+    keep: str = KEEPS[0]
+    keep_latents: int = 0
+    inception: str | Path | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in (("num-samples", self.num_samples), ("batch-size", self.batch_size)):
+            if value < 1:
+                raise UserError(f"--{name} must be at least 1, got {value}")
+        if self.keep not in KEEPS:
+            raise UserError(f"unknown --keep {self.keep!r}; valid: {', '.join(KEEPS)}")
+        if self.inception is not None and self.keep == "pictures":
+            raise UserError("--inception is for features; give --keep features or both")
+        if self.keep_latents and self.keep == "pictures":
+            raise UserError("--keep-latents is for features; give --keep features or both")
+        if self.cfg_weight is not None:
+            uses_guidance(self.cfg_weight)
+        Noise([self.seeds[0], self.seeds[-1]])
+
+    @property
+    def seeds(self) -> list[int]:
+        return [self.seed + i for i in range(self.num_samples)]
+
+
+@dataclass(frozen=True)
 class Subject:
     """The model that draws, as the tracks have made it; its inputs may still be in floats."""
 
     pipeline: Pipeline
-    level: NoiseLevel | None  # that its layers read
+    level: Step | None  # that its layers read
     weight_bit: int
     made_from: dict[str, str]
     notes: list[str]
-    artifacts: Artifacts | None = None  # checked, for the noise levels that they are calibrated at
+    runtime: dict[str, Any]  # how the quantized layers run, as far as that decides what is drawn
+
+    def check_sigmas(self, sigmas: np.ndarray) -> None:
+        """Raises for sigmas outside the calibrated ones, where the layers' own grids count."""
+        if self.level is not None and not self.runtime["weights_only"]:
+            self.level.schedule.check([float(sigma) for sigma in sigmas if sigma > 0])
 
 
 def open_subject(
@@ -59,7 +98,7 @@ def open_subject(
         raise UserError(f"--dtype {dtype} is unknown; valid: {', '.join(DTYPES)}")
     if weight_bit == SIXTEEN:
         pipeline = opened(model, DEFAULT_MODEL, dtype)
-        return Subject(pipeline, None, SIXTEEN, {"model_hash": pipeline.hash}, [])
+        return Subject(pipeline, None, SIXTEEN, {"model_hash": pipeline.hash}, [], {})
     settings = Settings(kernel, weights_only=weights_only)
     if dtype is not None:
         model = opened(model, source_of(adaround_output)["model"], dtype)
@@ -77,7 +116,7 @@ def open_subject(
         bits,
         quantized.sources.hashes,
         quantized.notes,
-        artifacts,
+        {"kernel": kernel, "weights_only": quantized.weights_only},
     )
 
 
@@ -113,6 +152,8 @@ class Plan:
             "keep_latents": self.keep_latents,
             "network": None if self.eyes is None else self.eyes.identity.hash,
             "dtype": str(self.subject.pipeline.dtype).removeprefix("mlx.core."),
+            **self.subject.runtime,
+            **self.subject.pipeline.encode_text.settings(),
         }
 
     def batches(self) -> Iterator[range]:
@@ -136,51 +177,25 @@ class Plan:
         return self.work.height, self.work.width
 
 
-def make_plan(
-    subject: Subject,
-    options: Options | None,
-    *,
-    timesteps: int | None = None,
-    num_samples: int = 64,
-    cfg_weight: float | None = None,
-    prompts: str | None = None,
-    seed: int = 0,
-    batch_size: int = 16,
-    keep: str = KEEPS[0],
-    keep_latents: int = 0,
-    inception: str | Path | None = None,
-) -> Plan:
+def make_plan(subject: Subject, options: Options | None, order: Order) -> Plan:
     """Takes the model's defaults for what is not given, and refuses what cannot be."""
-    for name, value in (("num-samples", num_samples), ("batch-size", batch_size)):
-        if value < 1:
-            raise UserError(f"--{name} must be at least 1, got {value}")
-    if keep not in KEEPS:
-        raise UserError(f"unknown --keep {keep!r}; valid: {', '.join(KEEPS)}")
-    if inception is not None and keep == "pictures":
-        raise UserError("--inception is for features; give --keep features or both")
-    if keep_latents and keep == "pictures":
-        raise UserError("--keep-latents is for features; give --keep features or both")
     pipeline, defaults = subject.pipeline, subject.pipeline.defaults
-    texts = load_prompts(prompts or f"{pipeline.prompts}_evaluation")
-    steps = defaults.num_steps if timesteps is None else timesteps
-    weight = defaults.cfg_weight if cfg_weight is None else cfg_weight
-    uses_guidance(weight)
-    sigmas = pipeline.sigmas(steps)
-    if subject.artifacts is not None:
-        check_sigmas(subject.artifacts, sigmas)
+    texts = load_prompts(order.prompts or f"{pipeline.prompts}_evaluation")
+    steps = defaults.num_steps if order.timesteps is None else order.timesteps
+    weight = defaults.cfg_weight if order.cfg_weight is None else order.cfg_weight
+    subject.check_sigmas(pipeline.sigmas(steps))
     plan = Plan(
         subject,
         options,
-        Work.of(pipeline, steps, weight, min(batch_size, num_samples)),
-        [texts[i % len(texts)] for i in range(num_samples)],
-        [seed + i for i in range(num_samples)],
-        keep,
-        keep_latents,
-        None if keep == "pictures" else network(inception),
+        Work.of(pipeline, steps, weight, min(order.batch_size, order.num_samples)),
+        [texts[i % len(texts)] for i in range(order.num_samples)],
+        order.seeds,
+        order.keep,
+        order.keep_latents,
+        None if order.keep == "pictures" else network(order.inception),
     )
     if options is not None:
         refuse(pipeline, options, plan.work)
-    Noise([plan.seeds[0], plan.seeds[-1]])
     pipeline.encode_text.check(sorted(set(plan.prompts)))
     if plan.eyes is not None:
         plan.eyes.check(*plan.size)

@@ -16,9 +16,9 @@ from ..errors import UserError
 from .affine import Affine, FloatAffine, QuantizedAffine
 from .linear import QuantizedLinear
 from .residual_scales import Dynamic, Quantizer
+from .schedule import SAME_SIGMA
 
 Velocity = Callable[[mx.array, mx.array], mx.array]
-SAME_SIGMA = 1e-5  # relative
 RESET = "call reset_cache() before each picture or batch, as Pipeline.velocity does"
 
 
@@ -76,7 +76,11 @@ class Memory:
 
         def watched(latent: mx.array, sigma: mx.array) -> mx.array:
             self.advance(picture, float(mx.max(sigma)))
-            return velocity(latent, sigma)
+            found = velocity(latent, sigma)
+            # â is no part of what was found: left to be computed, it would hold the change's codes
+            # and the â before it.
+            mx.eval(found, self.arrays)
+            return found
 
         return watched
 
@@ -144,21 +148,29 @@ class Modulated(nn.Module):
         self, *, weights: bool = True, activations: bool = True, modulate: bool = True
     ) -> None:
         """What is quantized from now on: the weights, the input, or only the input's change."""
+        self.check_switch(weights=weights, activations=activations, modulate=modulate)
+        self._parts: Affine = self._quantized if weights else self._exact
+        self._modulates = self.would_modulate(activations, modulate)
+        quantizer = self._residuals if self._modulates else self._values if activations else None
+        self._quantizer = quantizer
+        self._parts.expect(None if quantizer is None else quantizer.largest)
+
+    def check_switch(self, *, weights: bool, activations: bool, modulate: bool) -> None:
+        """Raises for what `switch` cannot be told; nothing is changed."""
         if not weights and self._exact is None:
             raise UserError(
                 f"{self._key or 'a modulated layer'} has no 16-bit weights to go back to; make it "
                 "with them"
             )
-        self._parts: Affine = self._quantized if weights else self._exact
-        self._modulates = activations and modulate and self._residuals is not None
-        quantizer = self._residuals if self._modulates else self._values if activations else None
-        if activations and quantizer is None:
+        modulates = self.would_modulate(activations, modulate)
+        if activations and not modulates and self._values is None:
             raise UserError(
-                f"{self._key or 'a modulated layer'} has no scales for its input as it is; make it "
-                "with values="
+                f"{self._key or 'a modulated layer'} has no scales for its input as it is; "
+                "take dynamic ones, give a quant config, or make it with values="
             )
-        self._quantizer = quantizer
-        self._parts.expect(None if quantizer is None else quantizer.largest)
+
+    def would_modulate(self, activations: bool, modulate: bool) -> bool:
+        return activations and modulate and self._residuals is not None
 
     @property
     def modulates(self) -> bool:
@@ -247,6 +259,8 @@ def set_quant_state(
     layers = [m for _, m in model.named_modules() if isinstance(m, Modulated)]
     if not layers:
         raise UserError("the model has no modulated layer to switch; give --modulate first")
+    for layer in layers:  # all of them before the first is changed
+        layer.check_switch(weights=weights, activations=activations, modulate=modulate)
     for layer in layers:
         layer.switch(weights=weights, activations=activations, modulate=modulate)
     for memory in {id(layer._memory): layer._memory for layer in layers}.values():
