@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import platform
 import shutil
 import time
@@ -17,9 +16,9 @@ from . import __version__, blas
 from .backends import cuda_int8, metal_int8, tuning
 from .cli import command, memory_bytes
 from .errors import UserError
+from .models.sd3_versions import check_packages
 from .store import human_bytes
 
-SD3_PACKAGES = ("diffusionkit", "torch", "transformers", "huggingface_hub")
 ROWS, HIDDEN, WIDE = 512, 1536, 6144  # SD3-medium's first MLP product at 512 tokens
 
 
@@ -78,9 +77,11 @@ def median_seconds(work: Callable[[], None], repeats: int) -> float:
 
 
 def sd3_state() -> str:
-    missing = [name for name in SD3_PACKAGES if importlib.util.find_spec(name) is None]
-    if missing:
-        return f"missing {', '.join(missing)}; install with: pip install 'ditq[sd3]'"
+    """Which DiffusionKit is installed, or what it lacks to be used."""
+    try:
+        check_packages()
+    except UserError as error:
+        return str(error)
     return f"diffusionkit {importlib.metadata.version('diffusionkit')}"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import io
 import json
 import logging
 import shutil
@@ -11,18 +12,21 @@ from dataclasses import replace
 from pathlib import Path
 
 from src.errors import UserError
-from src.evaluate import open_against, own_reference
+from src.evaluate import beside, open_against, own_reference
 from src.evaluation.sources import Order
 from src.inference import sd3_memory
+from src.inference.export import save_model
+from src.inference.int8 import Int8
 from src.inference.saved import open_pipeline
 from src.inference.self_tests import sd3_checks
 from src.models.configs import MMDiTConfig
 from src.models.load import ModelChoice, load_pipeline
 from src.models.mmdit import MMDiT
 from src.models.pipeline import Pipeline
-from src.models.sd3 import random_decoder
+from src.models.sd3 import random_decoder, t5_tokens
 from src.models.sd3_decode import decode_in_strips
 from src.models.sd3_names import DecoderShape
+from src.models.sd3_save import save_companions
 
 import mlx.core as mx
 import numpy as np
@@ -31,7 +35,16 @@ from mlx.utils import tree_flatten
 from PIL import Image
 
 from .helpers import assert_one_error_line, random_inputs, random_model, relative_error, run_here
-from .tiny_sd3 import CONFIGS, DIFFUSIONKIT, TinySD3, redirected, write_tiny_sd3
+from .quantized_models import quantized_pipeline
+from .tiny_sd3 import (
+    CONFIGS,
+    DIFFUSIONKIT,
+    T5_TOKENS,
+    TinySD3,
+    redirected,
+    write_json,
+    write_tiny_sd3,
+)
 
 pytestmark = [pytest.mark.sd3, pytest.mark.slow]
 
@@ -279,6 +292,83 @@ def test_the_machines_own_checks_pass(tiny):
     assert any("CLIP-L, CLIP-G, T5, VAE" in check.found for check in checks)
 
 
+@pytest.fixture(scope="module")
+def stored(tiny, tmp_path_factory) -> Path:
+    """A folder whose text encoders are stored at 8 bits."""
+    folder, source = tmp_path_factory.mktemp("stored"), tiny.diffusers("sd3-medium")
+    pipeline = load_pipeline("sd3-medium", checkpoint=source, text_bits=8)
+    save_companions(pipeline.encode_text, pipeline.codec, folder)
+    shutil.copytree(source / "transformer", folder / "transformer")
+    return folder
+
+
+def test_encoders_that_are_stored_quantized_are_compared_with_nothing(stored, capsys):
+    wanted = load_pipeline("sd3-medium", checkpoint=stored).condition([PROMPT], 0)
+    given = load_pipeline("sd3-medium", checkpoint=stored, text_bits=8).condition([PROMPT], 0)
+    assert np.array_equal(given.text, wanted.text)
+    assert capsys.readouterr().out == "", "an error of 0.0% against itself says nothing"
+
+
+@pytest.mark.parametrize(
+    ("part", "changes", "words"),
+    [
+        ("text_encoder", {"version": 2}, r"version 2 .*reads version 1"),
+        ("text_encoder", {"shape": {"layers": 3}}, r"is damaged: its shape must tell heads, "),
+        ("text_encoder_2", {"bits": "8"}, r"is damaged: its bits must be"),
+        ("text_encoder_3", {"shape": None}, r"is damaged: its shape must tell buckets, "),
+    ],
+)
+def test_settings_of_a_stored_encoder_that_cannot_be_read(stored, tmp_path, part, changes, words):
+    folder = tmp_path / "model"
+    shutil.copytree(stored, folder)
+    settings = folder / part / "config.json"
+    write_json(settings, {**json.loads(settings.read_text()), **changes})
+    with pytest.raises(UserError, match=f"{part}/config.json.*{words}"):
+        load_pipeline("sd3-medium", checkpoint=folder).condition([PROMPT], 0)
+
+
+def test_a_saved_tokenizer_of_pieces_opens_by_itself(tiny, tmp_path):
+    """As google/t5-v1_1-xxl has it: only the model's config.json tells the tokenizer's class."""
+    import sentencepiece
+
+    folder, saved, pieces = tmp_path / "model", tmp_path / "saved", io.BytesIO()
+    shutil.copytree(tiny.diffusers("sd3-medium"), folder)
+    shutil.rmtree(folder / "tokenizer_3")
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([PROMPT] * 50),
+        model_writer=pieces,
+        hard_vocab_limit=False,
+        **{"vocab_size": 20, "pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1},
+    )
+    (folder / "tokenizer_3").mkdir()
+    (folder / "tokenizer_3" / "spiece.model").write_bytes(pieces.getvalue())
+    write_json(folder / "tokenizer_3" / "tokenizer_config.json", {"model_max_length": 32})
+    write_json(folder / "tokenizer_3" / "config.json", {"model_type": "t5"})
+    pipeline = load_pipeline("sd3-medium", checkpoint=folder)
+    saved.mkdir()
+    save_companions(pipeline.encode_text, pipeline.codec, saved)
+    wanted = t5_tokens(folder / "tokenizer_3", [PROMPT], 32)
+    assert len(np.unique(wanted)) > 4
+    assert np.array_equal(t5_tokens(saved / "tokenizer_3", [PROMPT], 32), wanted)
+
+
+def test_a_first_run_reads_as_many_tokens_as_the_next(tiny, tmp_path, monkeypatch):
+    """The text encoders come into the hub's cache after the transformer was found there."""
+    from huggingface_hub import constants
+
+    cache, source = tmp_path / "hub", tiny.home / "hub"
+    model = f"models--{DIFFUSIONKIT['sd3-medium'].replace('/', '--')}"
+    shutil.copytree(source / model, cache / model)
+    monkeypatch.setenv("HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    first = load_pipeline("sd3-medium")
+    shutil.copytree(source, cache, dirs_exist_ok=True)
+    wanted = load_pipeline("sd3-medium").condition([PROMPT], 0).text
+    assert wanted.shape == (1, 77 + T5_TOKENS, 4096)
+    assert np.array_equal(first.condition([PROMPT], 0).text, wanted)
+
+
 def stage(name: str, folder: Path, *options: str) -> str:
     result = run_here(f"src.{name}", *options, cwd=folder)
     assert result.returncode == 0, result.stderr
@@ -329,7 +419,8 @@ def test_a_saved_model_is_evaluated_against_the_checkpoints_own(worked, tiny):
     checkpoint = tiny.diffusers("sd3-medium")
     order = Order(num_images=1, num_steps=1)
     found = order.open(ModelChoice(str(worked / "saved"), checkpoint), 0)
-    other = open_against(own_reference(found), None, order, found, 0)
+    reference = beside(own_reference(found), found.model)
+    other = open_against(reference, None, order, found, 0)
     assert other.pipeline.hash == load_pipeline(None, checkpoint=checkpoint).hash
     assert other.size == found.size == (64, 64)
 
@@ -364,3 +455,38 @@ def test_artifacts_of_another_variant_are_refused(worked, tiny):
     given = ("--checkpoint", str(tiny.single_file("sd3.5-large")))
     result = run_here("src.load_adaround_model", *given, "--prompt", PROMPT, cwd=worked)
     assert_one_error_line(result, "sd3.5-large", "sd3-medium")
+
+
+def test_int8_is_evaluated_against_the_checkpoints_sixteen_bits(tiny):
+    model, int8 = ModelChoice(None, tiny.single_file("sd3-medium")), Int8(use_int8=True)
+    found = Order(num_images=1, num_steps=1, int8=int8).open(model, 0)
+    other = open_against(own_reference(found, int8), None, Order(), found, 0)
+    assert other.pipeline.hash == load_pipeline(model).hash != found.pipeline.hash
+
+
+def test_the_card_of_a_saved_model_tells_how_it_is_used(tiny, tmp_path, monkeypatch):
+    pipeline = quantized_pipeline(ModelChoice(None, tiny.single_file("sd3-medium")))
+    folder = save_model(pipeline, tmp_path / "my-model")
+    card = (folder / "README.md").read_text()
+    assert "# my-model\n" in card and "ditq generate --model ." in card
+    assert "transformer only" not in card
+    monkeypatch.chdir(folder)
+    names: dict = {}
+    exec(card.split("```python\n")[1].split("```")[0], names)
+    assert names["layer"](mx.zeros((1, 128))).ndim == 2
+
+
+def test_a_disk_too_small_for_the_encoders_is_told_before_anything_is_written(
+    tiny, tmp_path, monkeypatch
+):
+    pipeline = quantized_pipeline(ModelChoice(None, tiny.single_file("sd3-medium")))
+    whole = save_model(pipeline, tmp_path / "whole")
+    transformer = sum(path.stat().st_size for path in (whole / "transformer").iterdir())
+    weights = sum(path.stat().st_size for path in whole.rglob("*.safetensors"))
+    assert weights > 1.2 * transformer
+    free = (weights + transformer) // 2
+    small = shutil.disk_usage(tmp_path)._replace(free=free)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: small)
+    with pytest.raises(UserError, match="the model other needs"):
+        save_model(pipeline, tmp_path / "other")
+    assert not (tmp_path / "other").exists()

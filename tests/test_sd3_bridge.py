@@ -24,6 +24,7 @@ from src.sampling import Noise, denoise, sd3_sigmas
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 
 from .helpers import ROOT, random_inputs, random_model, relative_error
 from .test_inject import config_for, rounded_layers, write_folder
@@ -307,6 +308,37 @@ class TestRefusals:
         inject(one, *artifacts["sd3-medium"], checkpoint=path)
         np.testing.assert_array_equal(draw(one), wanted["sd3-medium"])
         sys.modules[f"{PACKAGE}.model_io"].LOCAl_SD3_CKPT = None
+
+    def test_another_pipelines_file_is_not_taken(self, artifacts, tiny, tmp_path, wanted):
+        """A pipeline on the hub's file that was mended before another was made with its own."""
+        path = next(tiny.home.rglob("sd3_medium.safetensors"))
+        changed = {n: t * 0.5 if "x_block" in n else t for n, t in mx.load(str(path)).items()}
+        mx.save_safetensors(str(tmp_path / "other.safetensors"), changed)
+        one = make()
+        mend(one)
+        make(local_ckpt=str(tmp_path / "other.safetensors"))
+        inject(one, *artifacts["sd3-medium"])
+        np.testing.assert_array_equal(draw(one), wanted["sd3-medium"])
+        sys.modules[f"{PACKAGE}.model_io"].LOCAl_SD3_CKPT = None
+
+    def test_in_low_memory_the_transformer_is_not_kept(self, artifacts, sixteen_bit):
+        """While it is compared, and where it is refused for a tensor near the end."""
+        pipeline = make(low_memory=True)
+        parameters = tree_flatten(pipeline.mmdit.parameters())
+        size, last = sum(tensor.nbytes for _, tensor in parameters), max(parameters)[0]
+        changed = pipeline.mmdit.y_embedder.mlp.layers[2]
+        assert last == "y_embedder.mlp.layers.2.weight"
+        kept = changed.weight
+        changed.weight = kept + 1e-3
+        mx.eval(kept, changed.weight)
+        del parameters
+        mx.clear_cache()
+        base = mx.get_active_memory()
+        self.refused(pipeline, f"differs in {last}", *artifacts["sd3-medium"])
+        assert mx.get_active_memory() - base < 0.1 * size
+        changed.weight = kept
+        with mended(pipeline):
+            np.testing.assert_array_equal(draw(pipeline), sixteen_bit)
 
     def test_a_file_that_is_gone(self, artifacts, tiny, tmp_path, monkeypatch):
         from huggingface_hub import constants

@@ -5,13 +5,17 @@ from __future__ import annotations
 import importlib.util
 import json
 import socket
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from src.errors import UserError
+from src.inference.export import save_parts
+from src.inference.int8 import Int8, int8_layers, open_with_int8
+from src.inference.saved import load_saved
 from src.models import sd3_download, sd3_files
 from src.models.configs import MMDiTConfig
 from src.models.load import ModelChoice, chosen, load_pipeline
+from src.models.paths import module_at
 from src.models.sd3_text import Text
 
 import mlx.core as mx
@@ -19,6 +23,7 @@ import pytest
 
 from .checkpoint_layouts import to_diffusers, to_mlx, to_stability
 from .helpers import assert_one_error_line, random_model, run_here
+from .quantized_models import quantized_pipeline
 
 CONFIG = MMDiTConfig(depth=2, hidden=128, heads=2, text_dim=64, pooled_dim=32, position_size=16)
 KINDS = {
@@ -116,6 +121,36 @@ def test_parts_are_found_inside_then_beside(tmp_path):
     (tmp_path / "tokenizer_3").mkdir()
     (tmp_path / "tokenizer_3" / "spiece.model").write_bytes(b"")
     assert sd3_files.files_of(full, None).tokenizer("t5") == tmp_path / "tokenizer_3"
+
+
+def test_half_a_tokenizer_is_none(tmp_path):
+    half, whole = tmp_path / "tokenizer", snapshot(tmp_path / "hub", sd3_files.ENCODERS)
+    half.mkdir()
+    (half / "vocab.json").write_text("{}")
+    files = sd3_files.Files(tmp_path / "model.safetensors", (tmp_path, whole), tmp_path)
+    assert files.tokenizer("clip_l") is None
+    (whole / "tokenizer_l").mkdir()
+    for name in ("vocab.json", "merges.txt"):
+        (whole / "tokenizer_l" / name).write_text("{}")
+    assert files.tokenizer("clip_l") == whole / "tokenizer_l", "the next place has all of it"
+    (half / "merges.txt").write_text("")
+    assert files.tokenizer("clip_l") == half
+
+
+def test_what_was_downloaded_since_is_found_unless_a_place_was_named(tmp_path):
+    """Or the hub would be asked for it again at every batch of a first run."""
+    cache, published = tmp_path / "no-cache" / "hub", sd3_files.PUBLISHED["sd3-medium"]
+    file = snapshot(cache, published.name) / published.file
+    save(file, to_stability(random_model(CONFIG)))
+    files = sd3_files.find_cached("sd3-medium")
+    named = sd3_files.files_of(file, None)
+    assert files.part("clip_g") is None and files.tokenizer("t5") is None
+    encoders, google = (snapshot(cache, n) for n in (sd3_files.ENCODERS, sd3_files.T5_TOKENIZER))
+    path = save(encoders / "clip_g" / "model.fp16.safetensors", {"x": mx.zeros((1,))})
+    (google / "spiece.model").write_bytes(b"")
+    assert files.part("clip_g").path == path
+    assert files.tokenizer("t5").resolve() == google.resolve()
+    assert named.part("clip_g") is None, "looked for once, when the place was named"
 
 
 @pytest.mark.parametrize(
@@ -238,3 +273,41 @@ def test_encoders_of_float8_are_named(tmp_path):
     path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
     with pytest.raises(UserError, match=r"eight\.safetensors.*F8_E4M3"):
         load_pipeline("sd3-medium", checkpoint=path)
+
+
+def test_int8_codes_are_of_the_checkpoints_own_values(tmp_path):
+    """Not of those that a cast to the run's dtype has rounded."""
+    path = save(tmp_path / "a.safetensors", to_stability(random_model(CONFIG)))
+    exact, cast = (
+        open_with_int8(
+            ModelChoice(None, path), dtype, int8=Int8(use_int8=True), tell=lambda line: None
+        ).transformer
+        for dtype in (mx.float32, mx.bfloat16)
+    )
+    assert cast.context_embedder.weight.dtype == mx.bfloat16
+    for layer in int8_layers(exact):
+        one, other = (module_at(model, layer) for model in (exact, cast))
+        assert mx.array_equal(one.weight, other.weight)
+        assert mx.array_equal(one.weight_scale, other.weight_scale)
+
+
+def test_t5_is_left_out_only_of_a_model_that_was_saved_without(tmp_path):
+    """Of a checkpoint that was named, what it lacks is told."""
+    checkpoint = save(tmp_path / "a.safetensors", to_stability(random_model(CONFIG)))
+    pipeline = quantized_pipeline(ModelChoice(None, checkpoint))
+    described = {
+        "made_from": {"model": "sd3-medium"},
+        "settings": {},
+        "sampling": asdict(pipeline.defaults),
+    }
+    saved = tmp_path / "saved"
+    saved.mkdir()
+    save_parts(pipeline.transformer, {}, saved / "transformer", described, False)
+    assert not load_saved(saved).encode_text.text.t5
+    encoder = load_saved(ModelChoice(str(saved), checkpoint)).encode_text
+    with pytest.raises(UserError, match="has no T5 text encoder .* --no-t5"):
+        for name in encoder.parts():
+            if name == "t5":
+                encoder.location(name)
+    without = ModelChoice(str(saved), checkpoint, Text(t5=False))
+    assert not load_saved(without).encode_text.text.t5

@@ -22,6 +22,7 @@ from ..models.checkpoints import read_weights
 from ..models.load import default_dtype
 from ..models.mmdit import MMDiT
 from ..models.pipeline import Conditioning, compiling_is_faster
+from ..models.sd3_files import PUBLISHED
 from ..models.sd3_load import load_sd3
 from ..models.sd3_mends import (
     Mended,
@@ -38,10 +39,7 @@ from .low_memory import KERNEL, ModulationAhead, check_kernels
 from .open import Settings, open_artifacts
 
 # DiffusionKit's names of the models and ours.
-MODELS = {
-    "argmaxinc/mlx-stable-diffusion-3-medium": "sd3-medium",
-    "argmaxinc/mlx-stable-diffusion-3.5-large": "sd3.5-large",
-}
+MODELS = {PUBLISHED[name].name: name for name in ("sd3-medium", "sd3.5-large")}
 LEFTOVER = "to_offload"  # a list of modules that DiffusionKit keeps after the first picture
 K_BIAS = "attn.k_proj.bias"
 
@@ -179,7 +177,7 @@ def inject(
     settings = Settings(kernel or (KERNEL if low_memory else None), a_scale, weights_only)
     name = check_variant(pipeline, Path(adaround_output))
     path = checkpoint_of(pipeline, checkpoint)
-    check_untouched(getattr(pipeline, "mmdit", None), path)
+    check_untouched(getattr(pipeline, "mmdit", None), path, unread=low_memory)
     sixteen_bit = load_sd3(name, partial(compute_dtype, pipeline), path)
     artifacts = open_artifacts(sixteen_bit, adaround_output, quant_config, settings)
     quantized = artifacts.inject()
@@ -251,7 +249,7 @@ def check_variant(pipeline: Any, adaround_output: Path) -> str:
 def checkpoint_of(pipeline: Any, given: str | Path | None) -> Path:
     """The file that the pipeline's transformer is read from; nothing is downloaded."""
     module = model_io()
-    own = vars(pipeline).get("ditq_checkpoint") or module.LOCAl_SD3_CKPT
+    own = pipeline.ditq_checkpoint if isinstance(pipeline, Mended) else module.LOCAl_SD3_CKPT
     if given or own:
         return Path(given or own)
     repository = pipeline.mmdit_ckpt
@@ -265,21 +263,30 @@ def checkpoint_of(pipeline: Any, given: str | Path | None) -> Path:
         ) from None
 
 
-def check_untouched(theirs: Any, checkpoint: Path) -> None:
+def check_untouched(theirs: Any, checkpoint: Path, unread: bool) -> None:
     """Raises where the pipeline's transformer is not what the checkpoint holds, such as with a
-    LoRA: the weights were rounded without that. In low memory there may be none, which is well."""
+    LoRA: the weights were rounded without that. In low memory there may be none, which is well.
+
+    With `unread` one tensor at a time is in memory: comparing reads it, so each that is equal
+    makes way for the checkpoint's, which is not read yet.
+    """
     if theirs is None:
         return
+    again = read_weights(checkpoint) if unread else {}
     found = {n: t for n, t in tree_flatten(theirs.parameters()) if not n.startswith(LEFTOVER)}
     # DiffusionKit drops the k biases.
     wanted = {n: t for n, t in read_weights(checkpoint).items() if n in found or K_BIAS not in n}
     for name in sorted(found.keys() | wanted.keys()):
-        if name not in found or name not in wanted or differs(found[name], wanted.pop(name)):
+        same = name in found and name in wanted and not differs(found[name], wanted.pop(name))
+        if not same:
             raise UserError(
                 f"the pipeline's transformer is not that of {checkpoint}, which differs in {name}; "
                 "with a LoRA fold it into a checkpoint and quantize that, else give the "
                 "pipeline's own file with checkpoint=PATH"
             )
+        tensor = found.pop(name)
+        if unread and tensor.size:
+            theirs.load_weights([(name, again.pop(name).astype(tensor.dtype))], strict=False)
 
 
 def differs(found: mx.array, stored: mx.array) -> bool:

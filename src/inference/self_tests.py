@@ -8,6 +8,7 @@ import platform
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_map
@@ -18,7 +19,14 @@ from ..models.configs import MMDiTConfig
 from ..models.mmdit import MMDiT
 from ..models.sd3 import random_decoder, velocity_by_diffusionkit
 from ..models.sd3_decode import decode_in_strips
-from ..models.sd3_files import PUBLISHED, Files, files_of, find_cached
+from ..models.sd3_files import (
+    PUBLISHED,
+    TOKENIZERS,
+    Files,
+    cache_within,
+    files_of,
+    find_cached,
+)
 from ..models.sd3_text import relative_error
 from ..models.sd3_versions import check_packages
 from ..models.synthetic import randomize
@@ -43,11 +51,8 @@ class Check:
 
 def sd3_checks(checkpoint: Path | None = None) -> list[Check]:
     """Versions, files, parity and kernels."""
-    checks = [*versions(), *weights(checkpoint)]
-    tests: list[tuple[str, Callable[[], mx.array | float], float]] = [
-        *kernel_tests(),
-        *transformer_tests(),
-    ]
+    checks = [*versions(), *weights(checkpoint), *kernel_checks()]
+    tests = [*transformer_tests()]
     if importlib.util.find_spec("diffusionkit") is not None:
         tests += [
             ("transformer against DiffusionKit's, float32", against_diffusionkit, EXACT),
@@ -73,22 +78,31 @@ def versions() -> Iterator[Check]:
 
 def weights(checkpoint: Path | None) -> Iterator[Check]:
     """Which models and which of their parts are on this machine."""
+    cache = None
     if checkpoint is not None:
-        try:
-            yield Check(f"{checkpoint}", parts_of(files_of(checkpoint, None)))
-        except UserError as error:
-            yield Check(f"{checkpoint}", str(error), False)
-        return
+        cache = cache_within(checkpoint) if checkpoint.is_dir() else None
+        if cache is None:
+            yield files_check(f"{checkpoint}", lambda: files_of(checkpoint, None))
+            return
     for model in PUBLISHED:
-        files = find_cached(model)
-        yield Check(model, "not downloaded" if files is None else parts_of(files))
+        yield files_check(model, lambda model=model: find_cached(model, cache, checkpoint))
+
+
+def files_check(name: str, find: Callable[[], Files | None]) -> Check:
+    """The parts of a model, or which of its files is damaged."""
+    try:
+        files = find()
+        return Check(name, "not downloaded" if files is None else parts_of(files))
+    except UserError as error:
+        return Check(name, str(error), False)
 
 
 def parts_of(files: Files) -> str:
     names = {"clip_l": "CLIP-L", "clip_g": "CLIP-G", "t5": "T5", "vae": "VAE"}
-    held = ["transformer", *(title for name, title in names.items() if files.part(name))]
-    lacking = [title for name, title in names.items() if not files.part(name)]
-    lacking += [f"tokenizer of {names[n]}" for n in ("clip_l", "t5") if not files.tokenizer(n)]
+    lacking = [name for name in names if not files.part(name)]
+    held = ["transformer", *(title for name, title in names.items() if name not in lacking)]
+    lacking = [names[name] for name in lacking]
+    lacking += [f"tokenizer of {names[name]}" for name in TOKENIZERS if not files.tokenizer(name)]
     return ", ".join(held) + (f"; without {', '.join(lacking)}" if lacking else "")
 
 
@@ -97,34 +111,48 @@ def tried(name: str, test: Callable[[], float], limit: float) -> Check:
     try:
         error = float(test())
     except Exception as problem:  # whatever a machine does to a kernel is what is asked here
-        return Check(name, f"{type(problem).__name__}: {' '.join(str(problem).split())}", False)
+        return failed(name, problem)
     return Check(name, f"relative error {error:.1e}, at most {limit:.0e}", error <= limit)
 
 
-def kernel_tests() -> Iterator[tuple[str, Callable[[], float], float]]:
-    """Every backend that runs here, on the same codes as the reference."""
-    wanted = multiplied("reference")
+def failed(name: str, problem: Exception) -> Check:
+    return Check(name, f"{type(problem).__name__}: {' '.join(str(problem).split())}", False)
+
+
+def kernel_checks() -> Iterator[Check]:
+    """Every backend on the same codes as the reference; one that leaves its products to another
+    on this machine is not tried, and says to which."""
+    wanted = multiplied("reference", prepared("reference"))
     for name in BACKENDS:
         if name != "reference":
-            yield (
-                f"kernel {name}",
-                lambda name=name: relative_error(multiplied(name), wanted),
-                ROUNDED,
-            )
+            yield kernel_check(name, wanted)
 
 
-def multiplied(name: str) -> mx.array:
-    """W4A8 codes, multiplied by a backend."""
+def kernel_check(name: str, wanted: mx.array) -> Check:
+    title = f"kernel {name}"
+    try:
+        operand = prepared(name)
+    except Exception as problem:  # as in `tried`
+        return failed(title, problem)
+    if "fallback" in operand:
+        return Check(title, f"not used here: {operand['fallback']} instead")
+    return tried(title, lambda: relative_error(multiplied(name, operand), wanted), ROUNDED)
+
+
+def prepared(name: str) -> dict[str, Any]:
+    """A backend's operand of random codes."""
     key = mx.random.key(0)
     packed = mx.random.randint(0, 2**31 - 1, (OUTPUTS, INPUTS * BITS // 32), key=key)
     scales = mx.random.uniform(0.5, 1.5, (OUTPUTS, 1), key=key) / INPUTS
-    weight, limit = (
-        Weight(packed.astype(mx.uint32), scales, BITS),
-        activation_limit(ACTIVATION_BITS),
-    )
-    codes = mx.random.randint(-limit, limit + 1, (ROWS, INPUTS), key=key).astype(mx.float32)
-    operand = BACKENDS[name].prepare(weight, mx.float32, limit)
-    return BACKENDS[name].multiply(codes, mx.array(0.01), operand)
+    weight = Weight(packed.astype(mx.uint32), scales, BITS)
+    return BACKENDS[name].prepare(weight, mx.float32, activation_limit(ACTIVATION_BITS))
+
+
+def multiplied(name: str, operand: dict[str, Any]) -> mx.array:
+    """W4A8 codes, multiplied by a backend."""
+    limit = activation_limit(ACTIVATION_BITS)
+    codes = mx.random.randint(-limit, limit + 1, (ROWS, INPUTS), key=mx.random.key(0))
+    return BACKENDS[name].multiply(codes.astype(mx.float32), mx.array(0.01), operand)
 
 
 def transformer_tests() -> Iterator[tuple[str, Callable[[], float], float]]:

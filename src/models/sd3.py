@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +20,19 @@ from mlx.utils import tree_flatten
 
 from ..errors import UserError
 from ..store import read_json
+from ..store.files import damaged
+from ..store.jsonfile import check_header
 from .checkpoints import fill
 from .mmdit import MMDiT
 from .sd3_files import Location
 from .sd3_names import ClipShape, T5Shape, clip_tensors, decoder_tensors, t5_tensors
 
 WIDTH = 4096  # of a text token
+TEXT_BITS = (4, 8)  # of encoders that are quantized
 TEXT_GROUP = 64  # columns that share a scale where encoders are quantized
 STORED = mx.float16  # the encoders as published
 FORMAT, VERSION = "ditq-text-encoder", 1
+NO_PROJECTION = ("projection", None)  # of a CLIP whose pooled text stays as it is
 
 
 @dataclass
@@ -65,9 +69,9 @@ class Reading:
         settings = path / "config.json"
         stored = read_json(settings) if path.is_dir() and settings.is_file() else {}
         if stored.get("format") == FORMAT:
-            self.bits = stored["bits"]
+            check_header(settings, stored, FORMAT, VERSION)
             self.tensors = tensors
-            self.shape = kind(**stored["shape"])
+            self.bits, self.shape = stored_shape(settings, stored, kind)
         else:
             self.tensors, self.shape = mapping(tensors, path)
         return self.shape
@@ -159,6 +163,19 @@ class Reading:
             module.set_dtype(STORED)
             quantize_linears(module, bits)
             module.set_dtype(self.dtype)
+
+
+def stored_shape(path: Path, stored: dict[str, Any], kind: type) -> tuple[int | None, Any]:
+    """The bits and the shape that the settings of an encoder of our own tell."""
+    shape, names = stored.get("shape"), {field.name for field in fields(kind)}
+    if not isinstance(shape, dict) or shape.keys() != names:
+        raise damaged(path, f"its shape must tell {', '.join(sorted(names))}")
+    numbers = {name: value for name, value in shape.items() if (name, value) != NO_PROJECTION}
+    if not all(type(value) is int and value > 0 for value in numbers.values()):
+        raise damaged(path, "its shape must be of whole numbers above 0")
+    if stored.get("bits", 0) not in (None, *TEXT_BITS):
+        raise damaged(path, f"its bits must be null, {' or '.join(map(str, TEXT_BITS))}")
+    return stored["bits"], kind(**shape)
 
 
 def quantize_linears(module: nn.Module, bits: int, paths: set[str] | None = None) -> None:

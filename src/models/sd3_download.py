@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..errors import UserError
 from .sd3_files import (
+    CLIP_TOKENIZER_FILES,
     LINK,
     PARTS,
     PUBLISHED,
@@ -19,7 +20,6 @@ from .sd3_files import (
     snapshots,
 )
 
-CLIP_TOKENIZER_FILES = ("vocab.json", "merges.txt")
 OFFLINE = "give the model's files with --checkpoint PATH, or go online"
 GATED = (401, 403)
 

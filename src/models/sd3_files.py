@@ -88,11 +88,12 @@ PARTS = {
     ),
     "vae": Part("VAE", VAE, ("vae",)),
 }
-# Folders, and the files of which one must be in them.
+CLIP_TOKENIZER_FILES = ("vocab.json", "merges.txt")
+# Folders, and the sets of files of which one must be in them as a whole.
 TOKENIZERS = {
-    "clip_l": (("tokenizer", "tokenizer_l"), ("vocab.json",)),
-    "clip_g": (("tokenizer_2", "tokenizer_g"), ("vocab.json",)),
-    "t5": (("tokenizer_3", "."), ("spiece.model", "tokenizer.json")),
+    "clip_l": (("tokenizer", "tokenizer_l"), (CLIP_TOKENIZER_FILES,)),
+    "clip_g": (("tokenizer_2", "tokenizer_g"), (CLIP_TOKENIZER_FILES,)),
+    "t5": (("tokenizer_3", "."), (("spiece.model",), ("tokenizer.json",))),
 }
 
 
@@ -124,12 +125,16 @@ class Files:
     folders: tuple[Path, ...]  # where the other parts may lie, in order
     asked: Path | None  # what the user named; none: the hub's repositories
 
+    def places(self) -> tuple[Path, ...]:
+        """The folders; where nothing was named, what has been downloaded since as well."""
+        return self.folders if self.asked else (*self.folders, *snapshots())
+
     def part(self, name: str) -> Location | None:
         """Inside the transformer's file, or beside it, or in the hub's cache."""
         part = PARTS[name]
         if self.transformer.is_file() and holds(self.transformer, part.inside):
             return Location(self.transformer, part.inside)
-        for folder in self.folders:
+        for folder in self.places():
             for place in part.places:
                 path = folder / place
                 if path.is_file() or (path.is_dir() and any(path.glob(f"*{WEIGHTS}"))):
@@ -137,11 +142,11 @@ class Files:
         return None
 
     def tokenizer(self, name: str) -> Path | None:
-        """The folder with the tokenizer's files."""
-        names, needed = TOKENIZERS[name]
-        for folder in self.folders:
+        """The folder with the tokenizer's files, all of them."""
+        names, sets = TOKENIZERS[name]
+        for folder in self.places():
             for place in names:
-                if any((folder / place / file).is_file() for file in needed):
+                if any(all((folder / place / file).is_file() for file in files) for files in sets):
                     return folder / place
         return None
 

@@ -17,7 +17,7 @@ import mlx.core as mx
 
 from ..errors import UserError
 from .pipeline import Conditioning
-from .sd3 import WIDTH, Reading, clip_tokenizer, t5_tokens, vae_decoder
+from .sd3 import TEXT_BITS, WIDTH, Reading, clip_tokenizer, t5_tokens, vae_decoder
 from .sd3_decode import decode_in_strips
 from .sd3_download import download_part, download_tokenizer
 from .sd3_files import PARTS, TOKENIZERS, Files, Location
@@ -26,7 +26,6 @@ from .sd3_versions import check_packages
 CLIP_TOKENS, T5_TOKENS = 77, 512  # DiffusionKit's, for equal pictures
 SIDE = 8  # pixels of a picture to one of the latent
 LATENT_SCALE, LATENT_SHIFT = 1.5305, 0.0609
-TEXT_BITS = (4, 8)
 ACTIVATIONS = {"clip_l": "quick_gelu", "clip_g": "gelu"}
 
 
@@ -112,20 +111,25 @@ class SD3TextEncoder:
             tokens = mx.array(self._clip_tokens(name, prompts))
             with Reading(self.location(name), encoder_dtype(self.dtype)) as reading:
                 model = reading.clip(ACTIVATIONS[name])
-                if self.text.bits and not self._reported:
+                compared = self._compares(reading)
+                if compared:
                     plain = model(tokens[:1]).hidden_states[-2]
                     mx.eval(plain)
                 reading.quantize(model, self.text.bits)
                 mx.eval(model.parameters())
                 out = model(tokens)
                 mx.eval(out.hidden_states[-2], out.pooled_output)
-                if self.text.bits and not self._reported:
+                if compared:
                     errors[PARTS[name].title] = relative_error(out.hidden_states[-2][:1], plain)
             hidden.append(out.hidden_states[-2])
             pooled.append(out.pooled_output)
             del model, out, reading
             release()
         return mx.concatenate(hidden, axis=-1), mx.concatenate(pooled, axis=-1)
+
+    def _compares(self, reading: Reading) -> bool:
+        """Whether the first prompt is encoded both ways; what is stored quantized has one only."""
+        return self.text.bits is not None and reading.bits is None and not self._reported
 
     def _clip_tokens(self, name: str, prompts: Sequence[str]) -> list[list[int]]:
         tokenizer = clip_tokenizer(self.tokenizer(name), pad_with_eos=name == "clip_l")
@@ -142,11 +146,9 @@ class SD3TextEncoder:
             rows.append(row + [padding] * (CLIP_TOKENS - len(row)))
         return rows
 
-    def _t5_tokens(self) -> int:
+    def _t5_tokens(self, folder: Path) -> int:
         """How many: what the tokenizer's own settings say, at most DiffusionKit's."""
-        folder = self.files.tokenizer("t5")
-        settings = folder / "tokenizer_config.json" if folder else Path()
-        length = T5_TOKENS
+        settings, length = folder / "tokenizer_config.json", T5_TOKENS
         if settings.is_file():
             length = json.loads(settings.read_text(encoding="utf-8")).get("model_max_length")
         return length if isinstance(length, int) and 0 < length < T5_TOKENS else T5_TOKENS
@@ -154,14 +156,14 @@ class SD3TextEncoder:
     def _t5(self, prompts: Sequence[str], errors: dict[str, float]) -> mx.array:
         """(prompts, tokens, 4096); each layer is read, used for every prompt, and let go."""
         folder = self.tokenizer("t5")
-        length = self._t5_tokens()
+        length = self._t5_tokens(folder)
         tokens = [mx.array(row)[None] for row in t5_tokens(folder, prompts, length)]
         with Reading(self.location("t5"), encoder_dtype(self.dtype)) as reading:
             stages = reading.t5_stages(length)
             embed = next(stages)
             states = [embed(row) for row in tokens]
             mx.eval(states)
-            plain = states[0] if self.text.bits and not self._reported else None
+            plain = states[0] if self._compares(reading) else None
             for stage in stages:
                 if plain is not None:
                     plain = stage(plain)
