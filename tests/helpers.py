@@ -7,10 +7,11 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from src.models.configs import MMDiTConfig
@@ -19,6 +20,7 @@ from src.models.synthetic import randomize
 
 import mlx.core as mx
 import numpy as np
+import pytest
 from click.testing import CliRunner
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -48,6 +50,32 @@ def relative_error(got: object, wanted: object) -> float:
     """Norm of the difference over the norm of what was wanted."""
     got, wanted = np.array(got, dtype=np.float64), np.array(wanted, dtype=np.float64)
     return float(np.linalg.norm(got - wanted) / np.linalg.norm(wanted))
+
+
+def missing(complaint: str) -> None:
+    """Ends a test that needs what this machine lacks: skipped, but a failure where CI is set."""
+    pytest.fail(complaint) if os.environ.get("CI") else pytest.skip(complaint)
+
+
+def run_on_two_ranks(
+    *command: object, options: Sequence[object] = (), cwd: Path = ROOT
+) -> subprocess.CompletedProcess[str]:
+    """`python -m` a module with its arguments, under mlx.launch; `options` are the launcher's."""
+    launcher = Path(sys.executable).parent / "mlx.launch"
+    launched = [launcher, "-n", "2", *options, "--", sys.executable, "-m", *command]
+    return subprocess.run(launched, cwd=cwd, capture_output=True, text=True, timeout=120)
+
+
+def refuse_network(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    """No hub's cache but the test's own, and whoever opens a connection fails."""
+
+    def refuse(*arguments: object, **options: object) -> None:
+        raise AssertionError("something tried to use the network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setenv("HF_HOME", str(cache))
+    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

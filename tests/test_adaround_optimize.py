@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -25,10 +24,10 @@ import numpy as np
 import pytest
 
 from .helpers import (
-    ROOT,
     assert_one_error_line,
     kill_at_random_moments,
     run_here,
+    run_on_two_ranks,
     start_quietly,
 )
 
@@ -257,11 +256,8 @@ def test_killed_at_random_moments_the_same_command_ends_with_the_same_bytes(
 
 @pytest.mark.slow
 def test_ranks_make_the_same_files_as_one_process(cache, rounded, tmp_path):
-    launcher = Path(sys.executable).parent / "mlx.launch"
-    launch = [launcher, "-n", "2", "--", sys.executable, "-m", STAGE, *ARGUMENTS]
-    launch += ["--cache-dir", cache, "--output-dir", tmp_path / "o"]
-    quiet = {"cwd": ROOT, "capture_output": True, "text": True, "timeout": 120}
-    result = subprocess.run(launch, **quiet)
+    command = [STAGE, *ARGUMENTS, "--cache-dir", cache, "--output-dir", tmp_path / "o"]
+    result = run_on_two_ranks(*command)
     assert result.returncode == 0, result.stdout + result.stderr
     shared, alone = contents(tmp_path / "o"), contents(rounded)
     assert shared.keys() == alone.keys()
@@ -272,7 +268,7 @@ def test_ranks_make_the_same_files_as_one_process(cache, rounded, tmp_path):
             other = load_rounded_block(tmp_path / "o", index)[path]
             assert np.mean(layer.codes != other.codes) < 0.001
             np.testing.assert_allclose(layer.scale, other.scale, rtol=1e-3)
-    result = subprocess.run([*launch, "--prefix", "quantized", "--force"], **quiet)
+    result = run_on_two_ranks(*command, "--prefix", "quantized", "--force")
     assert "every block waits for the one before it" in result.stdout + result.stderr
 
 

@@ -35,6 +35,7 @@ from .helpers import (
     random_inputs,
     random_model,
     run_here,
+    run_on_two_ranks,
 )
 
 STAGE = "src.cache_adaround_data"
@@ -150,9 +151,10 @@ def test_killed_runs_go_on_and_ranks_share_the_work(calibration, cache, tmp_path
         process.wait()
     assert subprocess.run([*command, "--output-dir", str(folder)], **quiet).returncode == 0
     assert contents(folder) == contents(cache)
-    launcher, shared = Path(sys.executable).parent / "mlx.launch", tmp_path / "shared"
-    launched = [launcher, "-n", "2", "--", *command, "--output-dir", str(shared)]
-    assert subprocess.run(launched, timeout=120, **quiet).returncode == 0
+    shared = tmp_path / "shared"
+    ranks = [STAGE, *ARGUMENTS, "--calib-dir", calibration, "--output-dir", shared]
+    result = run_on_two_ranks(*ranks)
+    assert result.returncode == 0, result.stdout + result.stderr
     assert contents(shared) == contents(cache)
 
 

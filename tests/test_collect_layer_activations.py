@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -19,11 +18,11 @@ import numpy as np
 import pytest
 
 from .helpers import (
-    ROOT,
     assert_one_error_line,
     contents,
     kill_at_random_moments,
     run_here,
+    run_on_two_ranks,
     start_quietly,
 )
 
@@ -131,11 +130,7 @@ def test_ranks_make_the_same_folder_as_one_process(undisturbed, tmp_path):
     shutil.copytree(
         undisturbed.parent, tmp_path / "copy", ignore=shutil.ignore_patterns("activations")
     )
-    launcher = Path(sys.executable).parent / "mlx.launch"
-    stage = [sys.executable, "-m", STAGE, *ARGUMENTS, "--calib-dir", str(tmp_path / "copy")]
-    result = subprocess.run(
-        [launcher, "-n", "2", "--", *stage], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
+    result = run_on_two_ranks(STAGE, *ARGUMENTS, "--calib-dir", tmp_path / "copy")
     assert result.returncode == 0, result.stdout + result.stderr
     assert contents(tmp_path / "copy/activations") == contents(undisturbed)
 

@@ -14,7 +14,7 @@ from src.cli import COMMANDS, main
 import click
 import pytest
 
-from .helpers import ROOT, run
+from .helpers import ROOT, missing, run
 
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 # Of what takes minutes by default, fewer of the same.
@@ -96,6 +96,6 @@ def test_the_commands_about_int8_run(tmp_path):
 def test_the_console_command_is_installed(tmp_path):
     ditq = Path(sys.executable).parent / "ditq"
     if not ditq.exists():
-        pytest.skip("the package is not installed in this environment")
+        missing("the package is not installed in this environment")
     out = subprocess.run([ditq, "--version"], cwd=tmp_path, capture_output=True, text=True)
     assert out.returncode == 0 and out.stdout.startswith("ditq, version ")

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -24,12 +23,12 @@ import pytest
 from PIL import Image
 
 from .helpers import (
-    ROOT,
     assert_one_error_line,
     contents,
     kill_at_random_moments,
     run,
     run_here,
+    run_on_two_ranks,
     start_quietly,
 )
 
@@ -130,14 +129,7 @@ def whole(folder: Path) -> None:
 @pytest.mark.slow
 def test_ranks_make_the_same_folder_as_one_process(undisturbed, tmp_path):
     folder = tmp_path / "calibration"
-    launcher = Path(sys.executable).parent / "mlx.launch"
-    result = subprocess.run(
-        [launcher, "-n", "2", "--", sys.executable, "-m", STAGE, *ARGUMENTS, "--calib-dir", folder],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    result = run_on_two_ranks(STAGE, *ARGUMENTS, "--calib-dir", folder)
     assert result.returncode == 0, result.stdout + result.stderr
     assert contents(folder) == contents(undisturbed)
 

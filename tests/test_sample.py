@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +21,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from .helpers import ROOT, assert_one_error_line, contents, kill_at_random_moments, run, run_here
+from .helpers import (
+    ROOT,
+    assert_one_error_line,
+    contents,
+    kill_at_random_moments,
+    run,
+    run_here,
+    run_on_two_ranks,
+)
 from .test_inject import config_for, rounded_layers, write_folder
 
 STAGE = "src.sample"
@@ -87,12 +94,9 @@ def test_a_killed_run_ends_with_the_same_bytes(undisturbed, work):
 
 @pytest.mark.slow
 def test_two_ranks_give_the_files_of_one(undisturbed, work):
-    launch = Path(sys.executable).parent / "mlx.launch"
-    if not launch.exists():
-        pytest.skip("mlx.launch is not installed")
-    command = [launch, "-n", "2", "--backend", "ring", "--cwd", str(work), "--env"]
-    command += [f"PYTHONPATH={ROOT}", "--", sys.executable, "-m", STAGE, "--output-dir", "ranks"]
-    done = subprocess.run([*command, *SMALL, *MODULATED], capture_output=True, timeout=120)
+    options = ["--backend", "ring", "--cwd", work, "--env", f"PYTHONPATH={ROOT}"]
+    command = [STAGE, "--output-dir", "ranks", *SMALL, *MODULATED]
+    done = run_on_two_ranks(*command, options=options)
     assert done.returncode == 0, done.stderr
     assert contents(work / "ranks") == contents(undisturbed)
 

@@ -7,7 +7,6 @@ import io
 import json
 import logging
 import shutil
-import socket
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,7 +33,14 @@ import pytest
 from mlx.utils import tree_flatten
 from PIL import Image
 
-from .helpers import assert_one_error_line, random_inputs, random_model, relative_error, run_here
+from .helpers import (
+    assert_one_error_line,
+    random_inputs,
+    random_model,
+    refuse_network,
+    relative_error,
+    run_here,
+)
 from .quantized_models import quantized_pipeline
 from .tiny_sd3 import (
     CONFIGS,
@@ -59,13 +65,7 @@ def tiny(tmp_path_factory) -> TinySD3:
 
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch, tmp_path):
-    def refuse(*arguments, **options):
-        raise AssertionError("something tried to use the network")
-
-    monkeypatch.setattr(socket.socket, "connect", refuse)
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "no-cache"))
-    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
+    refuse_network(monkeypatch, tmp_path / "no-cache")
     logging.getLogger("diffusionkit").setLevel(logging.ERROR)
 
 

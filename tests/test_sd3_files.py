@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import socket
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -22,7 +21,7 @@ import mlx.core as mx
 import pytest
 
 from .checkpoint_layouts import to_diffusers, to_mlx, to_stability
-from .helpers import assert_one_error_line, random_model, run_here
+from .helpers import assert_one_error_line, random_model, refuse_network, run_here
 from .quantized_models import quantized_pipeline
 
 CONFIG = MMDiTConfig(depth=2, hidden=128, heads=2, text_dim=64, pooled_dim=32, position_size=16)
@@ -39,15 +38,7 @@ needs_no_kit = pytest.mark.skipif(
 
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch, tmp_path):
-    """No cache but the test's own, and whoever opens a connection fails."""
-
-    def refuse(*arguments, **options):
-        raise AssertionError("something tried to use the network")
-
-    monkeypatch.setattr(socket.socket, "connect", refuse)
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "no-cache"))
-    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
+    refuse_network(monkeypatch, tmp_path / "no-cache")
     monkeypatch.delenv("DITQ_CHECKPOINT", raising=False)
 
 
