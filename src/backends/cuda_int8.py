@@ -15,6 +15,7 @@ from .cuda_int8_check import self_test
 from .cuda_int8_kernels import MMA, UNPACKED_BITS, WGMMA, Codes, Following, InputGrid, Variant
 from .dense import Dense
 from .device import HOPPER, Device
+from .fusing import multiply_codes
 from .unpack import Unpack
 from .weight import Weight
 
@@ -91,13 +92,7 @@ class CudaInt8:
         """(…, rows) float32; with a factor x holds codes, without one floats."""
         if "fallback" in operand:
             return FALLBACKS[operand["fallback"]].multiply(x, factor, operand)
-        shape = (*x.shape[:-1], len(operand["scales"]))
-        if x.size == 0:
-            return mx.zeros(shape)
-        codes = kernels.quantize(known(x), InputGrid.of_codes(LARGEST_CODE))
-        factor = mx.broadcast_to(factor.astype(mx.float32), (*x.shape[:-1], 1)).reshape(-1)
-        codes = Codes(codes.tiles, codes.scales * factor, codes.columns)
-        return self.product(codes, operand, mx.float32).reshape(shape)
+        return multiply_codes(self, x, factor, operand, LARGEST_CODE)
 
     @staticmethod
     def fuses(operand: dict[str, Any]) -> bool:

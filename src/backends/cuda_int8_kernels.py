@@ -48,6 +48,10 @@ class Codes:
     scales: mx.array  # (rows,) float32
     columns: int
 
+    def times(self, factors: mx.array) -> Codes:
+        """The same codes; each row's scale is so many times as large."""
+        return Codes(self.tiles, self.scales * factors, self.columns)
+
     @property
     def rows(self) -> int:
         return len(self.scales)
@@ -180,22 +184,10 @@ def quantize(x: mx.array, grid: InputGrid) -> Codes:
     """Codes of (…, columns) floats, or of int8 as they are, row by row."""
     columns = x.shape[-1]
     x = x.reshape(-1, columns)
-    rows, limits = len(x), grid.limits.reshape(-1)
-    absent = limits[None]  # anything that is there already: it is not read
+    rows = len(x)
     tiles, scales = quantize_kernel()(
-        inputs=[
-            x,
-            grid.scales.reshape(-1),
-            limits,
-            absent if grid.shift is None else grid.shift.reshape(-1, columns),
-            absent if grid.smoothing is None else grid.smoothing,
-        ],
-        template=[
-            ("TOKEN", grid.per_token),
-            ("SHIFT", grid.shift is not None),
-            ("SMOOTH", grid.smoothing is not None),
-            ("T", x.dtype),
-        ],
+        inputs=[x, *grid.arrays(columns)],
+        template=[*grid.flags(), ("T", x.dtype)],
         output_shapes=[
             (pieces(rows), pieces(columns), PIECE, PIECE),
             (PIECE * pieces(rows),),

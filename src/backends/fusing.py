@@ -31,6 +31,25 @@ class InputGrid:
         """For an input that holds codes already."""
         return cls(mx.array([1.0]), mx.array([float(limit)]))
 
+    def arrays(self, columns: int) -> list[mx.array]:
+        """What a quantizing kernel reads beside its input, in this order: scales, limits, shift and
+        smoothing, with anything in the place of what is absent and so not read."""
+        limits = self.limits.reshape(-1)
+        return [
+            self.scales.reshape(-1),
+            limits,
+            limits[None] if self.shift is None else self.shift.reshape(-1, columns),
+            limits[None] if self.smoothing is None else self.smoothing,
+        ]
+
+    def flags(self) -> list[tuple[str, bool]]:
+        """Which of these it reads, as a kernel's template takes it."""
+        return [
+            ("TOKEN", self.per_token),
+            ("SHIFT", self.shift is not None),
+            ("SMOOTH", self.smoothing is not None),
+        ]
+
 
 @runtime_checkable
 class Fusing(Protocol):
@@ -71,3 +90,15 @@ class Chaining(Fusing, Protocol):
         columns: mx.array | None = None,
     ) -> Any:
         """Codes of GELU (its tanh form) of the product, for the next one."""
+
+
+def multiply_codes(
+    backend: Fusing, x: mx.array, factor: mx.array, operand: dict[str, Any], limit: int
+) -> mx.array:
+    """A backend's `multiply` by its own kernels, for an input that holds codes up to the limit."""
+    shape = (*x.shape[:-1], len(operand["scales"]))
+    if x.size == 0:
+        return mx.zeros(shape)
+    codes = backend.quantize(x, InputGrid.of_codes(limit))
+    factor = mx.broadcast_to(factor.astype(mx.float32), (*x.shape[:-1], 1)).reshape(-1)
+    return backend.product(codes.times(factor), operand, mx.float32).reshape(shape)

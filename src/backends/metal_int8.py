@@ -15,7 +15,7 @@ from . import cuda_int8
 from . import metal_int8_kernels as kernels
 from .dense import Dense
 from .device import M5, Device
-from .fusing import InputGrid
+from .fusing import InputGrid, multiply_codes
 from .metal_int8_check import Machine, record_file, self_test, unsuited
 from .metal_int8_kernels import TILE, Codes
 from .quantized_matmul import QuantizedMatmul
@@ -88,13 +88,7 @@ class MetalInt8:
         """(…, rows) float32; with a factor x holds codes, without one floats."""
         if "fallback" in operand:
             return FALLBACKS[operand["fallback"]].multiply(x, factor, operand)
-        shape = (*x.shape[:-1], len(operand["scales"]))
-        if x.size == 0:
-            return mx.zeros(shape)
-        codes = kernels.quantize(x, InputGrid.of_codes(cuda_int8.LARGEST_CODE))
-        factor = mx.broadcast_to(factor.astype(mx.float32), (*x.shape[:-1], 1)).reshape(-1)
-        codes = Codes(codes.values, codes.scales * factor)
-        return self.product(codes, operand, mx.float32).reshape(shape)
+        return multiply_codes(self, x, factor, operand, cuda_int8.LARGEST_CODE)
 
     @staticmethod
     def fuses(operand: dict[str, Any]) -> bool:

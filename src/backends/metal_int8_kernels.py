@@ -53,6 +53,10 @@ class Codes(NamedTuple):
     values: mx.array  # (whole tiles of rows, columns) int8
     scales: mx.array  # (rows,) float32
 
+    def times(self, factors: mx.array) -> Codes:
+        """The same codes; each row's scale is so many times as large."""
+        return Codes(self.values, self.scales * factors)
+
 
 def whole_tiles(rows: int) -> int:
     return -(-rows // TILE) * TILE
@@ -62,21 +66,10 @@ def quantize(x: mx.array, grid: InputGrid) -> Codes:
     """Codes of (…, columns) floats, or of int8 as they are, row by row."""
     columns = x.shape[-1]
     x = x.reshape(-1, columns)
-    rows, limits = len(x), grid.limits.reshape(-1)
-    absent = limits[None]  # anything that is there already: it is not read
+    rows = len(x)
     values, scales = quantize_kernel()(
-        inputs=[
-            x,
-            grid.scales.reshape(-1),
-            limits,
-            absent if grid.shift is None else grid.shift.reshape(-1, columns),
-            absent if grid.smoothing is None else grid.smoothing,
-        ],
-        template=[
-            ("TOKEN", grid.per_token),
-            ("SHIFT", grid.shift is not None),
-            ("SMOOTH", grid.smoothing is not None),
-        ],
+        inputs=[x, *grid.arrays(columns)],
+        template=grid.flags(),
         output_shapes=[(whole_tiles(rows), columns), (rows,)],
         output_dtypes=[mx.int8, mx.float32],
         grid=(SIMDGROUP * whole_tiles(rows), 1, 1),
