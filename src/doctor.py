@@ -13,7 +13,7 @@ import click
 import mlx.core as mx
 
 from . import __version__, blas
-from .backends import cuda_int8, metal_int8, tuning
+from .backends import cuda_int8, device_name, metal_int8, tuning
 from .cli import command, memory_bytes
 from .errors import UserError
 from .models.sd3_versions import check_packages
@@ -41,11 +41,6 @@ def report() -> dict[str, str]:
 def integer_kernels() -> str:
     """How their self-test went, on the devices that they are for."""
     return (metal_int8 if mx.metal.is_available() else cuda_int8).status()
-
-
-def device_name() -> str:
-    info = mx.device_info()
-    return str(info.get("device_name") or info.get("architecture") or platform.machine())
 
 
 def usable_backends() -> list[str]:

@@ -45,6 +45,23 @@ ALL_STEPS = 0  # segments: every step has its own scale
 SEGMENTS = Options().segments
 
 
+def lab_options(stride: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """What a command asks for that opens a Lab."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        for option in (
+            click.option(
+                "--stride", default=stride, show_default=True, help="Every which step is judged."
+            ),
+            click.option("--captions", default=64, show_default=True),
+            click.option("--calib-dir", default="calibration_data", show_default=True, type=Path),
+        ):
+            command = option(command)
+        return command
+
+    return decorate
+
+
 class Lab:
     """nano with its calibration, and how well any quantizers keep its velocity."""
 

@@ -18,7 +18,7 @@ from src.quant.simulate import Quantizer
 import click
 import mlx.core as mx
 
-from tools.activation_lab import ALL_STEPS, Lab, Quantizers, measured, table_lines
+from tools.activation_lab import ALL_STEPS, Lab, Quantizers, lab_options, measured, table_lines
 from tools.bench_common import machine, write_report
 
 BITS = (8, 6, 4)
@@ -66,9 +66,7 @@ def floor(lab: Lab) -> float:
 
 
 @click.command()
-@click.option("--calib-dir", default="calibration_data", show_default=True, type=Path)
-@click.option("--captions", default=64, show_default=True)
-@click.option("--stride", default=6, show_default=True, help="Every which step is judged.")
+@lab_options(stride=6)
 def main(calib_dir: Path, captions: int, stride: int) -> None:
     """Measure the ladder at A8, A6 and A4, and the floor of float16."""
     lab = Lab(calib_dir, captions, stride)

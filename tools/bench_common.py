@@ -12,16 +12,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
+from src.backends import device_name
 
 FOLDER = Path(__file__).resolve().parent.parent / "docs" / "benchmarks"
 
 
 def machine() -> dict[str, Any]:
     """Where and when a figure was measured, and by which command."""
-    info = mx.device_info()
     return {
-        "device": str(info.get("device_name") or info.get("architecture") or "?"),
+        "device": device_name(),
         "cores": os.cpu_count(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),

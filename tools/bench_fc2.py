@@ -28,7 +28,15 @@ import click
 import mlx.core as mx
 import numpy as np
 
-from tools.activation_lab import ALL_STEPS, Lab, Quantizers, absmax_layer, measured, table_lines
+from tools.activation_lab import (
+    ALL_STEPS,
+    Lab,
+    Quantizers,
+    absmax_layer,
+    lab_options,
+    measured,
+    table_lines,
+)
 from tools.bench_common import machine, write_report
 
 IMAGES, TOKENS = 3, 96  # of which rows are sampled at each step
@@ -159,9 +167,7 @@ def others(
 
 
 @click.command()
-@click.option("--calib-dir", default="calibration_data", show_default=True, type=Path)
-@click.option("--captions", default=64, show_default=True)
-@click.option("--stride", default=8, show_default=True, help="Every which step is judged.")
+@lab_options(stride=8)
 def main(calib_dir: Path, captions: int, stride: int) -> None:
     """Measure candidates for image fc2 at A8, and a rotation of all else at A8 and A6."""
     lab = Lab(calib_dir, captions, stride)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import click
 
-from tools.activation_lab import Lab, Quantizers, measured, table_lines
+from tools.activation_lab import Lab, Quantizers, lab_options, measured, table_lines
 from tools.bench_common import machine, write_report
 
 AVERAGES = (5.0, 6.0, 7.0)
@@ -40,9 +40,7 @@ def policies(lab: Lab) -> tuple[dict[str, Callable[[], Quantizers]], dict[str, f
 
 
 @click.command()
-@click.option("--calib-dir", default="calibration_data", show_default=True, type=Path)
-@click.option("--captions", default=64, show_default=True)
-@click.option("--stride", default=8, show_default=True, help="Every which step is judged.")
+@lab_options(stride=8)
 def main(calib_dir: Path, captions: int, stride: int) -> None:
     """Measure both policies against uniform tiers."""
     lab = Lab(calib_dir, captions, stride)

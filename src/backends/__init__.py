@@ -6,7 +6,7 @@ a group. Where x holds the codes of activations, the inner sums are whole number
 outputs.
 """
 
-from .device import Device
+from .device import Device, device_name
 from .select import BACKENDS, UNPACKING, Backend, choose, idle, named, select, select_ready
 from .weight import MLX_BITS, Weight
 
@@ -18,6 +18,7 @@ __all__ = [
     "Device",
     "Weight",
     "choose",
+    "device_name",
     "idle",
     "named",
     "select",

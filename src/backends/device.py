@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -42,3 +43,9 @@ def capability(info: Mapping[str, Any]) -> int:
     """10·major + minor of what MLX says about a CUDA device."""
     major, minor = (int(info.get(f"compute_capability_{part}", 0)) for part in ("major", "minor"))
     return 10 * major + minor
+
+
+def device_name() -> str:
+    """What MLX calls the device that it computes on; without a name the machine's kind."""
+    info = mx.device_info()
+    return str(info.get("device_name") or info.get("architecture") or platform.machine())

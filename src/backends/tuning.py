@@ -7,7 +7,6 @@ device and the MLX that it was measured with; anything else is left aside with a
 from __future__ import annotations
 
 import os
-import platform
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -20,7 +19,7 @@ import mlx.core as mx
 
 from ..errors import UserError
 from ..store import read_json
-from .device import HOPPER, M5, Device
+from .device import HOPPER, M5, Device, device_name
 
 FORMAT, VERSION = "ditq-tuning", 1
 SWITCH = "DITQ_TUNING"  # "off", or the file
@@ -143,11 +142,9 @@ class Tuned:
         return table_of(self.points, CHOICES if integers else FLOATS)
 
 
-def device_name() -> str:
-    """Kind and name, such as "cuda NVIDIA H200"."""
-    info = mx.device_info()
-    name = info.get("device_name") or info.get("architecture") or platform.machine()
-    return f"{Device.here().kind} {name}"
+def kind_and_name() -> str:
+    """Such as "cuda NVIDIA H200"."""
+    return f"{Device.here().kind} {device_name()}"
 
 
 def default_path() -> Path:
@@ -155,7 +152,7 @@ def default_path() -> Path:
     choice = os.environ.get(SWITCH, "")
     if choice not in ("", "off"):
         return Path(choice)
-    name = re.sub(r"[^a-z0-9]+", "-", device_name().lower()).strip("-")
+    name = re.sub(r"[^a-z0-9]+", "-", kind_and_name().lower()).strip("-")
     return cache_folder() / f"tuning-{name}.json"
 
 
@@ -169,7 +166,7 @@ def described(points: Sequence[Point], date: str) -> dict[str, Any]:
     """What the file says."""
     head = {"format": FORMAT, "version": VERSION, "date": date}
     return head | {
-        "device": device_name(),
+        "device": kind_and_name(),
         "mlx": mx.__version__,
         "points": [{**vars(point), "seconds": dict(point.seconds)} for point in points],
     }
@@ -178,7 +175,7 @@ def described(points: Sequence[Point], date: str) -> dict[str, Any]:
 def read_tuned(path: Path) -> Tuned:
     """The file's table; one that is damaged, or of another device or MLX, is an error."""
     data = read_json(path, FORMAT, VERSION, HINT)
-    for key, here in (("device", device_name()), ("mlx", mx.__version__)):
+    for key, here in (("device", kind_and_name()), ("mlx", mx.__version__)):
         if data.get(key) != here:
             raise UserError(f"{path} was measured with {key} {data.get(key)}, here is {here}")
     try:

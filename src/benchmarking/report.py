@@ -12,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 
 from .. import __version__
-from ..backends import Device
+from ..backends import Device, device_name
 from ..cli import memory_bytes
 from ..errors import UserError
 from ..store import human_bytes, require_writable, short_hash, write_bytes, write_json
@@ -34,10 +34,9 @@ def check_target(output: Path, force: bool) -> None:
 
 def machine() -> dict[str, Any]:
     """What it was measured on."""
-    info, device = mx.device_info(), Device.here()
     return {
-        "device": str(info.get("device_name") or info.get("architecture") or platform.machine()),
-        "kind": device.kind,
+        "device": device_name(),
+        "kind": Device.here().kind,
         "cores": os.cpu_count(),
         "memory": memory_bytes(),
         "system": f"{platform.system()} {platform.machine()}",
