@@ -111,7 +111,7 @@ def test_only_post_gelu_inputs_have_a_centred_histogram(model, inputs):
 def sample_of(x: np.ndarray, channels: int, centred: bool = False) -> statistics.Sample:
     rows = mx.array(x.astype(np.float32).reshape(2, -1, channels))
     reduced = reductions.reduce_input(rows, 1, centred)
-    return reductions.samples_of({"x": reduced}, 1)[0]["x"]
+    return reductions.sample_at(0, *map(np.array, reduced))
 
 
 def test_moving_shift_follows_its_formula_and_begins_with_the_first_sample():

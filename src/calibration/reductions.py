@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -18,6 +19,8 @@ HISTOGRAMS = ("hist", CENTRED)
 # (MOMENTS, samples, channels) float32, and per histogram its counts, (…, samples, BINS), or the bin
 # numbers that are still to be counted, (…, samples, values).
 Reduced = tuple[mx.array, mx.array]
+Shape = tuple[int, ...]
+Shapes = dict[str, tuple[Shape, Shape]]  # of what was reduced of each input
 Sample = dict[str, np.ndarray]  # name of a statistic to its values, for one input and sample
 
 
@@ -67,11 +70,19 @@ def reduce_input(
     return mx.stack(moments), mx.stack(counted)
 
 
-def samples_of(found: dict[str, Reduced], samples: int) -> list[dict[str, Sample]]:
-    """By sample, then by input: what was reduced, off the device."""
-    paths = sorted(found)
-    moments = fetched([found[path][0] for path in paths])
-    counts = fetched([found[path][1] for path in paths])
+def packed(found: dict[str, Reduced]) -> tuple[mx.array, mx.array]:
+    """All moments and all counts, one input's behind the other's: two copies take them along."""
+    parts = zip(*(found[path] for path in sorted(found)), strict=True)
+    return tuple(mx.concatenate([array.reshape(-1) for array in arrays]) for arrays in parts)
+
+
+def samples_of(flat: Sequence[mx.array], shapes: Shapes, samples: int) -> list[dict[str, Sample]]:
+    """What was packed, off the device: by sample, then by input."""
+    paths = sorted(shapes)
+    moments, counts = (
+        split(np.array(array), [shapes[path][which] for path in paths])
+        for which, array in enumerate(flat)
+    )
     return [
         {path: sample_at(row, *own) for path, *own in zip(paths, moments, counts, strict=True)}
         for row in range(samples)
@@ -85,9 +96,7 @@ def sample_at(row: int, moments: np.ndarray, counts: np.ndarray) -> Sample:
     return dict(zip([*MOMENTS, *HISTOGRAMS[: len(own)]], [*moments[:, row], *own], strict=True))
 
 
-def fetched(arrays: Sequence[mx.array]) -> list[np.ndarray]:
-    """As NumPy arrays; all come off the device in one copy."""
-    flat = np.array(mx.concatenate([array.reshape(-1) for array in arrays]))
-    ends = np.cumsum([array.size for array in arrays])[:-1]
-    parts = np.split(flat, ends)
-    return [part.reshape(array.shape) for part, array in zip(parts, arrays, strict=True)]
+def split(flat: np.ndarray, shapes: Sequence[Shape]) -> list[np.ndarray]:
+    """Arrays of these shapes, one behind the other."""
+    parts = np.split(flat, np.cumsum([math.prod(shape) for shape in shapes])[:-1])
+    return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]

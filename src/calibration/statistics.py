@@ -19,6 +19,8 @@ hist_centred       (BINS,) post-GELU inputs only: counts of |x - centre of the s
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
@@ -32,7 +34,7 @@ from ..models.paths import block_linears, input_of, replaced
 from ..models.pipeline import compiling_is_faster
 from ..store import load_npz
 from ..store.arrays import Expected
-from .reductions import CENTRED, Reduced, Sample, reduction, samples_of
+from .reductions import CENTRED, Reduced, Sample, Shapes, packed, reduction, samples_of
 from .replay import Inputs
 
 SHIFT_MOMENTUM = 0.95
@@ -70,32 +72,50 @@ def collect(model: MMDiT, inputs: Inputs, samples: int) -> list[dict[str, Sample
 
 
 class Collector:
-    """`collect` for many batches: one computes while the one before is read."""
+    """`collect` for many batches: one computes while the one before is read by another thread."""
 
     def __init__(self, model: MMDiT) -> None:
         self.model = model
-        self._forwards: dict[int, Callable[..., dict[str, Reduced]]] = {}
+        self._forwards: dict[int, ReducingForward] = {}
 
     def collected(self, batches: Iterable[tuple[Inputs, int]]) -> Iterator[list[dict[str, Sample]]]:
         """Of each (inputs, samples), in their order."""
-        computing: tuple[dict[str, Reduced], int] | None = None
-        for inputs, samples in batches:
-            if samples not in self._forwards:
-                self._forwards[samples] = reducing_forward(self.model, samples)
-            found = self._forwards[samples](*inputs)
-            mx.async_eval(found)
-            if computing is not None:
-                yield samples_of(*computing)
-            computing = found, samples
-        if computing is not None:
-            yield samples_of(*computing)
+        reading: Future[list[dict[str, Sample]]] | None = None
+        with ThreadPoolExecutor(1) as reader:
+            for inputs, samples in batches:
+                if samples not in self._forwards:
+                    self._forwards[samples] = ReducingForward(self.model, samples)
+                before, reading = reading, reader.submit(self._forwards[samples].start(inputs))
+                if before is not None:
+                    yield before.result()
+            if reading is not None:
+                yield reading.result()
 
 
-def reducing_forward(model: MMDiT, samples: int) -> Callable[..., dict[str, Reduced]]:
-    """The forward as a function of its inputs to what is kept of each distinct linear's input."""
+class ReducingForward:
+    """A forward whose result is what is kept of each distinct linear's input."""
 
-    def forward(*inputs: mx.array) -> dict[str, Reduced]:
+    def __init__(self, model: MMDiT, samples: int) -> None:
+        self.model, self.samples = model, samples
+        self._shapes: Shapes = {}
+        self._run = mx.compile(self.reduced) if compiling_is_faster() else self.reduced
+
+    def start(self, inputs: Inputs) -> Callable[[], list[dict[str, Sample]]]:
+        """Begins to compute, and gives what waits for it and reads it."""
+        flat = self._run(*inputs)
+        mx.async_eval(flat)
+        return partial(samples_of, flat, self._shapes, self.samples)
+
+    def reduced(self, *inputs: mx.array) -> tuple[mx.array, ...]:
         found: dict[str, Reduced] = {}
+        linears = block_linears(self.model)
+        distinct = {path: linears[path] for path in map(input_of, linears)}
+        with replaced(self.model, self.taps(distinct, found)):
+            self.model(*inputs)
+        self._shapes |= {path: tuple(a.shape for a in arrays) for path, arrays in found.items()}
+        return packed(found)
+
+    def taps(self, linears: dict[str, nn.Module], found: dict[str, Reduced]) -> dict[str, Tap]:
         before: list[mx.array] = []
 
         def tap(path: str, linear: nn.Module) -> Tap:
@@ -104,19 +124,13 @@ def reducing_forward(model: MMDiT, samples: int) -> Callable[..., dict[str, Redu
                 # all activations would be kept until then.
                 waited = mx.depends(x, before) if before else x
                 with mx.stream(lanes()[-1]):
-                    found[path] = reduction(samples, is_post_gelu(path))(x)
+                    found[path] = reduction(self.samples, is_post_gelu(path))(x)
                 before[:] = found[path]
                 return waited
 
             return Tap(linear, observe)
 
-        linears = block_linears(model)
-        distinct = {path: linears[path] for path in map(input_of, linears)}
-        with replaced(model, {path: tap(path, linear) for path, linear in distinct.items()}):
-            model(*inputs)
-        return found
-
-    return mx.compile(forward) if compiling_is_faster() else forward
+        return {path: tap(path, linear) for path, linear in linears.items()}
 
 
 def check_finite(sample: dict[str, Sample], where: str) -> None:
