@@ -2,6 +2,9 @@
 
 import os
 
+# Tolerances are those of float32; on a GPU MLX multiplies it in TF32 unless told otherwise.
+os.environ.setdefault("MLX_ENABLE_TF32", "0")
+
 import src  # noqa: F401  before any mlx.core, so that OpenBLAS is the one that multiplies
 
 from hypothesis import settings
