@@ -88,6 +88,9 @@ def spread_table(scale: Sequence[float], bits: Sequence[int]) -> SpreadTable:
     return SpreadTable(*(a.astype(np.float32) for a in (scales, wider, ratios)))
 
 
+Grids = tuple[list[mx.array], list[mx.array]]  # scales and limits, by layer
+
+
 class Step:
     """Where the sampler is: one object that all quantized layers of a model read.
 
@@ -104,13 +107,13 @@ class Step:
     def add(self, table: SpreadTable) -> int:
         """Keeps a layer's table; the number by which `grid` knows it."""
         self._tables.append(table)
-        self._stacked = self._found = None
+        self._stacked, self._found = None, {}
         return len(self._tables) - 1
 
     def set_sigma(self, sigma: mx.array | float) -> None:
         """One noise level, or one for each row of the batch."""
         self.place, self.part = self.schedule.locate(mx.array(sigma))
-        self._found: tuple[mx.array, mx.array] | None = None
+        self._found: dict[int, Grids] = {}
 
     @contextmanager
     def at(self, sigma: mx.array | float) -> Iterator[None]:
@@ -124,19 +127,21 @@ class Step:
 
     def grid(self, number: int, ndim: int) -> tuple[mx.array, mx.array]:
         """A layer's scale and limit for an input of that many dimensions, one or one a row."""
-        if self._found is None:
-            self._found = self.grids()
-        return tuple(per_row(values[number], ndim) for values in self._found)
+        if ndim not in self._found:
+            self._found[ndim] = self.grids(ndim)
+        scales, limits = self._found[ndim]
+        return scales[number], limits[number]
 
-    def grids(self) -> tuple[mx.array, mx.array]:
-        """(layers, rows) scales and limits of here."""
+    def grids(self, ndim: int) -> Grids:
+        """All layers' scales and limits of here, cut apart in one operation."""
         if self._stacked is None:
             fields = (vars(table).values() for table in self._tables)
             self._stacked = SpreadTable(*(np.stack(field) for field in zip(*fields, strict=True)))
         scale, limit, ratio = (
             mx.array(field)[:, self.place] for field in vars(self._stacked).values()
         )
-        return scale * mx.exp(self.part * ratio), limit
+        layers, here = len(self._tables), (scale * mx.exp(self.part * ratio), limit)
+        return tuple(mx.split(per_row(values.reshape(-1), ndim), layers) for values in here)
 
     def vector(self, vectors: mx.array, ndim: int) -> mx.array:
         """Of (steps, channels) vectors the one of here, linear between steps; of one, that one."""
