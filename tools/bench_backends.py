@@ -1,14 +1,16 @@
 """What a quantized step costs beside the float one, and each backend at SD3's shapes.
 
-    python -m tools.bench_backends [--model nano] [--with-shapes] [--name backends]
+    python -m tools.bench_backends [--model nano] [--quant-config FILE] [--with-shapes]
 
 Writes docs/benchmarks/NAME.json and NAME.md. Codes are the nearest ones, since rounding
-does not change the time. Everything is measured in turns, so that a busy machine is busy for all.
+does not change the time; with a quant config its grids, shifts and regions are measured beside
+those of one scale. Everything is measured in turns, so that a busy machine is busy for all.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 from src.backends import BACKENDS, named
 from src.benchmarking.kernels import available
@@ -36,6 +38,7 @@ VARIANTS = {
     "W4A8, reference": ("static", "reference"),
     "W4A8, quantized_matmul": ("static", "quantized_matmul"),
 }
+CONFIG = "the quant config's grids"
 
 
 def in_turns(calls: dict[str, Callable[[], mx.array]], rounds: int) -> dict[str, dict[str, float]]:
@@ -61,13 +64,16 @@ def runs(name: str, call: Callable[[], mx.array]) -> bool:
     return reason is None
 
 
-def steps(model: str, rounds: int) -> dict[str, dict[str, float]]:
+def steps(model: str, rounds: int, quant_config: Path | None) -> dict[str, dict[str, float]]:
     """One guided step of the model, one picture."""
     subject = open_subject(model, None, Codes(), None)
     pipelines = {"float": subject.exact}
     for name, (a_scale, kernel) in VARIANTS.items():
         backend = None if kernel is None else named(kernel)
         pipelines[name] = with_kernel(subject.quantized, backend, a_scale)[0]
+    if quant_config is not None:
+        own = open_subject(model, None, Codes(None, quant_config), None)
+        pipelines[CONFIG] = with_kernel(own.quantized, None, "static")[0]
     return in_turns({name: step_of(pipeline) for name, pipeline in pipelines.items()}, rounds)
 
 
@@ -117,13 +123,21 @@ def table_of(rows: dict[str, dict[str, float]]) -> list[str]:
 
 @click.command()
 @click.option("--model", default="nano", help="Name or folder.")
+@click.option("--quant-config", type=Path, help="That analyze_activations has made.  [none]")
 @click.option("--rounds", default=20, help="How often everything is measured.")
 @click.option("--with-shapes", is_flag=True, help="Also SD3-medium's layers, one by one.")
 @click.option("--image-tokens", default=8192, help="Of both guidance rows; 8192 are 1024 pixels.")
 @click.option("--name", default="backends", help="Of the report.")
-def main(model: str, rounds: int, with_shapes: bool, image_tokens: int, name: str) -> None:
+def main(
+    model: str,
+    quant_config: Path | None,
+    rounds: int,
+    with_shapes: bool,
+    image_tokens: int,
+    name: str,
+) -> None:
     """Time a quantized step and every backend."""
-    data = {"machine": machine(), "step": steps(model, rounds)}
+    data = {"machine": machine(), "step": steps(model, rounds, quant_config)}
     lines = [f"One guided step of {model}, one picture, {default_dtype()}:", ""]
     lines += table_of(data["step"])
     if with_shapes:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import gc
 import json
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -119,15 +120,20 @@ def steps(config: MMDiTConfig, options: dict[str, Any]) -> dict[str, Any]:
     exact = MMDiT(config)
     fill_random(exact, default_dtype())
     found: dict[str, Any] = {"dtype": str(default_dtype()), "schemes": {}}
+    begun = time.perf_counter()
+
+    def report(what: str) -> None:
+        click.echo(f"{time.perf_counter() - begun:.0f} s, {what}", err=True)
+
     plain = step_of(exact, pixels, tokens)
     found[EXACT] = peak_of(plain)
     for scheme, block_size in SCHEMES.items():
-        click.echo(f"{scheme}: quantizing", err=True)
+        report(f"{scheme}: quantizing")
         model = int8_model(exact, block_size)
         row: dict[str, Any] = {"sizes": sizes(exact, model), "backends": {}}
         calls = {EXACT: plain}
         for backend in options["backends"]:
-            click.echo(f"{scheme}: {backend}", err=True)
+            report(f"{scheme}: {backend}")
             step = step_of(with_backend(model, backend), pixels, tokens)
             try:
                 error = relative_error(step(), plain())
@@ -145,8 +151,9 @@ def steps(config: MMDiTConfig, options: dict[str, Any]) -> dict[str, Any]:
                 row["backends"][backend].update(first[backend])
             else:
                 calls[backend] = step
-        for name, time in in_turns(calls, rounds).items():
-            row["backends"].setdefault(name, {}).update(time)
+        report(f"{scheme}: in turns")
+        for name, timed in in_turns(calls, rounds).items():
+            row["backends"].setdefault(name, {}).update(timed)
         found["schemes"][scheme] = row
         del model, calls
         gc.collect()
