@@ -136,6 +136,11 @@ def peak_memory_bytes() -> int:
     """The most memory that was in use: the device's on a GPU, the process's on the CPU."""
     if mx.default_device() != mx.Device(mx.cpu):
         return mx.get_peak_memory()
+    return process_peak_bytes()
+
+
+def process_peak_bytes() -> int:
+    """The most of the machine's own memory that the process held."""
     status = Path("/proc/self/status")
     text = status.read_text() if status.exists() else ""
     # What getrusage tells on Linux, a child inherits from its parent.

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
+import mlx.core as mx
 import numpy as np
 
 from .calibration import trajectories
@@ -20,6 +22,8 @@ from .models.pipeline import Pipeline
 from .models.prompts import load_prompts
 from .sampling import Noise, StepCallback, denoise, sd3_sigmas, uses_guidance
 from .store import folder_lock, human_bytes, require_space, require_writable
+
+IMAGES_AT_ONCE = 64  # whose texts are encoded together: some 10 MB each of Stable Diffusion 3's
 
 
 @dataclass(frozen=True)
@@ -116,7 +120,7 @@ def generate_calibration_data(
             announce(folder, plan, sum(map(len, todo)))
         mine = todo[ranks.rank :: ranks.size]
         with Bar("calibration", len(mine) * plan.num_steps) as bar:
-            for batch in mine:
+            for batch in with_text(folder, plan, mine):
                 make_batch(folder, plan, batch, bar)
                 for image in batch:
                     manifest.mark(units[image], trajectories.image_files(image, plan.num_steps))
@@ -156,11 +160,10 @@ def make_plan(
 
 def announce(folder: Path, plan: Plan, images: int) -> None:
     """Says what the work will take, and refuses it where the disk is too small."""
-    one = plan.pipeline.condition(plan.prompts[:1], plan.cfg_weight)
     needed = images * trajectories.image_bytes(
         plan.pipeline.latent_shape(plan.height, plan.width),
         plan.num_steps,
-        one.text.nbytes + one.pooled.nbytes,
+        conditioning_bytes(plan),
         plan.height * plan.width,
     )
     click.echo(
@@ -170,12 +173,35 @@ def announce(folder: Path, plan: Plan, images: int) -> None:
     require_space(folder, needed, "the calibration data")
 
 
+def conditioning_bytes(plan: Plan) -> int:
+    """Of one image, as it is stored; no text is read for it."""
+    pipeline, rows = plan.pipeline, 2 if uses_guidance(plan.cfg_weight) else 1
+    config, size = pipeline.transformer.config, 2 if pipeline.dtype == mx.float16 else 4
+    tokens = pipeline.encode_text.tokens()
+    return rows * size * (tokens * config.text_dim + config.pooled_dim)
+
+
+def with_text(folder: Path, plan: Plan, batches: Sequence[list[int]]) -> Iterator[list[int]]:
+    """The batches, each once the conditioning of its images is written.
+
+    That of many is made together: a text encoder may be larger than all else, and is read once for
+    them, before the transformer's weights are.
+    """
+    together = max(1, IMAGES_AT_ONCE // plan.batch_size)
+    for start in range(0, len(batches), together):
+        chosen = batches[start : start + together]
+        prompts = [[plan.prompts[image] for image in batch] for batch in chosen]
+        found = plan.pipeline.condition_each(prompts, plan.cfg_weight)
+        for batch in chosen:
+            trajectories.save_conditioning(folder, batch, found.pop(0))
+        yield from chosen
+
+
 def make_batch(folder: Path, plan: Plan, images: list[int], bar: StepCallback) -> None:
-    """Samples some images together and writes all their files."""
+    """Samples some images together, whose conditioning is there, and writes their other files."""
     pipeline = plan.pipeline
-    prompts = [plan.prompts[image] for image in images]
-    conditioning = pipeline.condition(prompts, plan.cfg_weight)
-    trajectories.save_conditioning(folder, images, conditioning)
+    stored = trajectories.Trajectories(folder, plan.settings(), made_from={}, hash="")
+    conditioning = stored.conditioning(images, pipeline.dtype)
     latents = denoise(
         pipeline.velocity(conditioning, plan.cfg_weight),
         Noise([plan.seeds[image] for image in images]),

@@ -102,6 +102,20 @@ def test_finished_work_is_left_alone_and_done_again_only_with_force(undisturbed,
     assert {p: p.stat().st_mtime_ns for p in folder.rglob("*.npz")} != before
 
 
+def test_a_checkpoint_in_the_environment_is_not_for_the_recorded_model(
+    undisturbed, tmp_path, monkeypatch
+):
+    """It is Stable Diffusion 3's, and these pictures are of another model."""
+    monkeypatch.setenv("DITQ_CHECKPOINT", str(tmp_path / "absent.safetensors"))
+    shutil.copytree(undisturbed, tmp_path / "calibration_data")
+    options = ("--num-images", "1", "--stride", "2")
+    for stage in ("collect_layer_activations", "cache_adaround_data"):
+        result = run_here(f"src.{stage}", *options, cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+        given = ("--checkpoint", "absent.safetensors")
+        assert_one_error_line(run_here(f"src.{stage}", *options, *given, cwd=tmp_path), "absent")
+
+
 def test_a_lost_file_is_made_again(undisturbed, tmp_path):
     folder = tmp_path / "copy"
     shutil.copytree(undisturbed, folder)

@@ -52,6 +52,12 @@ class TextEncoder(Protocol):
     def __call__(self, prompts: Sequence[str]) -> Conditioning:
         """One row a prompt, in the transformer's dtype."""
 
+    def each(self, batches: Sequence[Sequence[str]]) -> list[Conditioning]:
+        """The same of every batch, bit for bit; what is large is read once for all of them."""
+
+    def tokens(self) -> int:
+        """How many a prompt has, whatever it says."""
+
     def check(self, prompts: Sequence[str]) -> None:
         """Raises for a prompt that it cannot read, without encoding it."""
 
@@ -86,10 +92,13 @@ class Pipeline:
         """The prompts' conditioning, doubled by the negative's where guidance needs it."""
         if not prompts:
             raise UserError("no prompt given; at least one is needed")
-        rows = list(prompts)
-        if uses_guidance(cfg_weight):
-            rows += [negative] * len(prompts)
-        return self.encode_text(rows)
+        return self.encode_text(with_negatives(prompts, cfg_weight, negative))
+
+    def condition_each(
+        self, batches: Sequence[Sequence[str]], cfg_weight: float
+    ) -> list[Conditioning]:
+        """What `condition` gives of every batch; the text encoders are read once."""
+        return self.encode_text.each([with_negatives(batch, cfg_weight) for batch in batches])
 
     def velocity(
         self,
@@ -187,6 +196,12 @@ class Pipeline:
         """Pictures of 8 bits, (batch, height, width, 3)."""
         pictures = mx.clip(self.codec.decode(latent).astype(mx.float32), 0, 1)
         return np.array(mx.round(pictures * 255).astype(mx.uint8))
+
+
+def with_negatives(prompts: Sequence[str], cfg_weight: float, negative: str = "") -> list[str]:
+    """The prompts, and behind them, where guidance needs it, as many negative ones."""
+    negatives = [negative] * len(prompts) if uses_guidance(cfg_weight) else []
+    return [*prompts, *negatives]
 
 
 def with_vectors(

@@ -60,20 +60,44 @@ class SD3TextEncoder:
         self._reported = text.bits is None
 
     def __call__(self, prompts: Sequence[str]) -> Conditioning:
+        return self.each([prompts])[0]
+
+    def each(self, batches: Sequence[Sequence[str]]) -> list[Conditioning]:
+        """Of every batch, as if it were the only one: CLIP rounds a batch as a whole."""
         check_packages()
-        unique = list(dict.fromkeys(prompts))
+        uniques = [list(dict.fromkeys(prompts)) for prompts in batches]
         errors: dict[str, float] = {}
-        hidden, pooled = self._clip(unique, errors)
+        clip = self._clip(uniques, errors)
+        long = self._t5(list(dict.fromkeys(sum(uniques, []))), errors) if self.text.t5 else {}
+        results = [
+            self._joined(prompts, unique, *found, long)
+            for prompts, unique, found in zip(batches, uniques, clip, strict=True)
+        ]
+        release()
+        self._report(errors)
+        return results
+
+    def _joined(
+        self,
+        prompts: Sequence[str],
+        unique: Sequence[str],
+        hidden: mx.array,
+        pooled: mx.array,
+        long: Mapping[str, mx.array],
+    ) -> Conditioning:
+        """Of one batch: what both CLIPs make of its unique prompts, and T5 of each prompt."""
         text = mx.pad(hidden, [(0, 0), (0, 0), (0, WIDTH - hidden.shape[-1])])
         # As many zeros as CLIP has tokens are DiffusionKit's stand-in for T5.
-        long = self._t5(unique, errors) if self.text.t5 else mx.zeros_like(text)
-        text = mx.concatenate([text, long.astype(text.dtype)], axis=1).astype(self.dtype)
+        more = mx.concatenate([long[p] for p in unique]) if long else mx.zeros_like(text)
+        text = mx.concatenate([text, more.astype(text.dtype)], axis=1).astype(self.dtype)
         rows = mx.array([unique.index(prompt) for prompt in prompts])
         result = Conditioning(text[rows], pooled.astype(self.dtype)[rows])
         mx.eval(result.text, result.pooled)
-        release()
-        self._report(errors)
         return result
+
+    def tokens(self) -> int:
+        long = self._t5_tokens(self.tokenizer("t5")) if self.text.t5 else CLIP_TOKENS
+        return CLIP_TOKENS + long
 
     def check(self, prompts: Sequence[str]) -> None:
         check_packages()
@@ -104,28 +128,34 @@ class SD3TextEncoder:
             return download_tokenizer(name)
         raise self.files.missing(name, TOKENIZERS[name][0][:1], f"tokenizer of {name}")
 
-    def _clip(self, prompts: Sequence[str], errors: dict[str, float]) -> tuple[mx.array, mx.array]:
-        """Hidden states and pooled text of both CLIPs, joined."""
-        hidden, pooled = [], []
+    def _clip(
+        self, batches: Sequence[Sequence[str]], errors: dict[str, float]
+    ) -> list[tuple[mx.array, mx.array]]:
+        """Hidden states and pooled text of both CLIPs, joined, of every batch."""
+        hidden: list[list[mx.array]] = [[] for _ in batches]
+        pooled: list[list[mx.array]] = [[] for _ in batches]
         for name in ("clip_l", "clip_g"):
-            tokens = mx.array(self._clip_tokens(name, prompts))
+            tokens = [mx.array(self._clip_tokens(name, prompts)) for prompts in batches]
             with Reading(self.location(name), encoder_dtype(self.dtype)) as reading:
                 model = reading.clip(ACTIVATIONS[name])
                 compared = self._compares(reading)
                 if compared:
-                    plain = model(tokens[:1]).hidden_states[-2]
+                    plain = model(tokens[0][:1]).hidden_states[-2]
                     mx.eval(plain)
                 reading.quantize(model, self.text.bits)
                 mx.eval(model.parameters())
-                out = model(tokens)
-                mx.eval(out.hidden_states[-2], out.pooled_output)
+                for index, batch in enumerate(tokens):
+                    out = model(batch)
+                    mx.eval(out.hidden_states[-2], out.pooled_output)
+                    hidden[index].append(out.hidden_states[-2])
+                    pooled[index].append(out.pooled_output)
+                    del out
                 if compared:
-                    errors[PARTS[name].title] = relative_error(out.hidden_states[-2][:1], plain)
-            hidden.append(out.hidden_states[-2])
-            pooled.append(out.pooled_output)
-            del model, out, reading
+                    errors[PARTS[name].title] = relative_error(hidden[0][-1][:1], plain)
+            del model, reading
             release()
-        return mx.concatenate(hidden, axis=-1), mx.concatenate(pooled, axis=-1)
+        joined = [[mx.concatenate(parts, axis=-1) for parts in kind] for kind in (hidden, pooled)]
+        return list(zip(*joined, strict=True))
 
     def _compares(self, reading: Reading) -> bool:
         """Whether the first prompt is encoded both ways; what is stored quantized has one only."""
@@ -153,8 +183,8 @@ class SD3TextEncoder:
             length = json.loads(settings.read_text(encoding="utf-8")).get("model_max_length")
         return length if isinstance(length, int) and 0 < length < T5_TOKENS else T5_TOKENS
 
-    def _t5(self, prompts: Sequence[str], errors: dict[str, float]) -> mx.array:
-        """(prompts, tokens, 4096); each layer is read, used for every prompt, and let go."""
+    def _t5(self, prompts: Sequence[str], errors: dict[str, float]) -> dict[str, mx.array]:
+        """(1, tokens, 4096) of every prompt; each layer is read, used for all, and let go."""
         folder = self.tokenizer("t5")
         length = self._t5_tokens(folder)
         tokens = [mx.array(row)[None] for row in t5_tokens(folder, prompts, length)]
@@ -177,7 +207,7 @@ class SD3TextEncoder:
                 mx.clear_cache()
             if plain is not None:
                 errors[PARTS["t5"].title] = relative_error(states[0], plain)
-        return mx.concatenate(states)
+        return dict(zip(prompts, states, strict=True))
 
     def _report(self, errors: Mapping[str, float]) -> None:
         if errors and not self._reported:

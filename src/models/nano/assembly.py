@@ -105,6 +105,12 @@ class CaptionEncoder:
         text, pooled = self.encoder(mx.array(tokenize(prompts)))
         return Conditioning(text.astype(self.dtype), pooled.astype(self.dtype))
 
+    def each(self, batches: Sequence[Sequence[str]]) -> list[Conditioning]:
+        return [self(prompts) for prompts in batches]
+
+    def tokens(self) -> int:
+        return self.encoder.config.max_words
+
     def check(self, prompts: Sequence[str]) -> None:
         tokenize(prompts)
 
