@@ -35,11 +35,12 @@ def model_options(
         ) -> Any:
             text = Text(t5, quantize_text_encoders and int(quantize_text_encoders))
             source = click.get_current_context().get_parameter_source
+            for_all = source("checkpoint") is ParameterSource.ENVIRONMENT
             if checkpoint is not None and source("model") is ParameterSource.DEFAULT:
                 model = None  # the checkpoint tells
-            elif source("checkpoint") is ParameterSource.ENVIRONMENT and not takes_parts(model):
-                checkpoint = None  # it is for all commands at once, and this model is another
-            return command(*arguments, model=choice(model, checkpoint, text), **options)
+            elif for_all and not takes_parts(model):
+                checkpoint = None  # this model is another
+            return command(*arguments, model=choice(model, checkpoint, text, for_all), **options)
 
         text_options = [T5, QUANTIZE] if encodes else []
         named = click.option(
@@ -57,11 +58,13 @@ def takes_parts(model: str) -> bool:
     return model in SD3 or is_saved(model)
 
 
-def choice(model: str | None, checkpoint: str | None, text: Text) -> str | ModelChoice | None:
+def choice(
+    model: str | None, checkpoint: str | None, text: Text, for_all: bool = False
+) -> str | ModelChoice | None:
     """A name as it is, and more than a name only where more was said."""
     if checkpoint is None and text == Text():
         return model
-    return ModelChoice(model, None if checkpoint is None else Path(checkpoint), text)
+    return ModelChoice(model, None if checkpoint is None else Path(checkpoint), text, for_all)
 
 
 CHECKPOINT = click.option(

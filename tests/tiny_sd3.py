@@ -299,13 +299,13 @@ def write_diffusers(folder: Path, transformer: MMDiT, parts: dict[str, Any]) -> 
     )
 
 
-def write_tokenizers(folder: Path) -> None:
+def write_tokenizers(folder: Path, t5_tokens: int = T5_TOKENS) -> None:
     """tokenizer/ and tokenizer_2/ of CLIP, tokenizer_3/ of T5."""
     for name, padding in (("tokenizer", "<|endoftext|>"), ("tokenizer_2", "!")):
         write_clip_tokenizer(folder / name)
         settings = {"tokenizer_class": "CLIPTokenizer", "pad_token": padding}
         write_json(folder / name / "tokenizer_config.json", {**settings, "model_max_length": 77})
-    write_t5_tokenizer(folder / "tokenizer_3")
+    write_t5_tokenizer(folder / "tokenizer_3", t5_tokens)
 
 
 def write_clip_tokenizer(folder: Path) -> None:
@@ -313,10 +313,10 @@ def write_clip_tokenizer(folder: Path) -> None:
     (folder / "merges.txt").write_text("#version: 0.2\nt h\nth e</w>\n", encoding="utf-8")
 
 
-def write_t5_tokenizer(folder: Path) -> None:
+def write_t5_tokenizer(folder: Path, tokens: int = T5_TOKENS) -> None:
     from transformers import T5Tokenizer
 
-    T5Tokenizer(vocab=T5_PIECES, extra_ids=0, model_max_length=T5_TOKENS).save_pretrained(folder)
+    T5Tokenizer(vocab=T5_PIECES, extra_ids=0, model_max_length=tokens).save_pretrained(folder)
 
 
 def hub_snapshot(tiny: TinySD3, repository: str) -> Path:

@@ -29,6 +29,7 @@ class ModelChoice:
     name: str | None = None  # none: the one that earlier stages used, or what the checkpoint holds
     checkpoint: Path | None = None
     text: Text = Text()
+    for_all: bool = False  # the checkpoint was given for all commands at once, whatever their model
 
     def __str__(self) -> str:
         return str(self.name or self.checkpoint or "the model")
@@ -43,8 +44,11 @@ Model = str | ModelChoice
 
 def chosen(model: Model | None, recorded: str) -> Model:
     """What the user asked for; where that names no model, the one that was recorded."""
-    if isinstance(model, ModelChoice) and model.name is None and model.checkpoint is None:
-        return replace(model, name=recorded)
+    if isinstance(model, ModelChoice) and model.name is None:
+        if model.checkpoint is None:
+            return replace(model, name=recorded)
+        if model.for_all and recorded not in SD3:
+            return replace(model, name=recorded, checkpoint=None)
     return model or recorded
 
 
