@@ -18,8 +18,8 @@ from .cli import command
 from .errors import UserError
 from .store import require_writable, write_json
 
-# nano's, the smallest that every kernel takes, and SD3-medium's.
-SHAPES = ((192, 192), (256, 256), (1536, 1536), (6144, 1536), (1536, 6144))
+# SD3-medium's, the smallest that every kernel takes, and nano's; the most wanted first.
+SHAPES = ((1536, 1536), (6144, 1536), (1536, 6144), (256, 256), (192, 192))
 ROWS = (1, 8, 32, 128, 256, 512, 1024, 2048, 4096, 8192)
 
 
@@ -31,8 +31,9 @@ def tune(
     rounds: int = 5,
     seconds: float = 50.0,
 ) -> list[Point]:
-    """Measures layers of these (N, K) under each kernel that may be chosen here, fewer rows first,
-    until the seconds are over; writes what `select` reads, in the user's cache folder unless told
+    """Measures layers of these (N, K) under each kernel that may be chosen here, the most rows
+    first, then where another kernel becomes the fastest, until the seconds are over; what MLX
+    compiles does not count. Writes what `select` reads, in the user's cache folder unless told
     otherwise.
     """
     check(shapes, rows, rounds, seconds)
@@ -40,6 +41,7 @@ def tune(
     check_target(path)
     names = available(CHOICES).names
     points = list(measured(names, shapes, sorted(set(rows)), rounds, seconds, say))
+    points.sort(key=lambda point: (point.shape, point.rows))
     if not points:
         raise UserError(f"none of the kernels {', '.join(names)} runs here: nothing was measured")
     write_json(path, described(points, datetime.date.today().isoformat()))
@@ -90,7 +92,7 @@ def shape_of(text: str) -> tuple[int, int]:
 )
 @click.option("--rows", type=int, multiple=True, help="Tokens; repeat it.  [1 to 8192]")
 @click.option("--rounds", default=5, help="How often everything is measured.")
-@click.option("--seconds", default=50.0, help="After which no more rows are measured.")
+@click.option("--seconds", default=50.0, help="Of measuring, without what is compiled.")
 @click.option("--output", help="File to write.  [in the user's cache folder]")
 def main(
     shapes: tuple[str, ...],

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from src.backends import Weight, named
-from src.backends.fusing import InputGrid
+from src.backends.fusing import InputGrid, Modulation
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -33,11 +33,14 @@ class Following:
 
 @dataclass
 class FusingBackend:
-    """Multiplies as the reference does; counts how often it quantizes and ends with GELU."""
+    """Multiplies as the reference does; counts how often it quantizes, begins with a layer norm,
+    and ends with GELU or with a residual."""
 
     name: str = "fusing"
     quantized: int = 0
     chained: int = 0
+    normalized: int = 0
+    added: int = 0
     refuses: set[int] = field(default_factory=set)  # widths of weights that it leaves to others
 
     def prepare(self, weight: Weight, dtype: mx.Dtype, largest: int | None) -> dict[str, Any]:
@@ -67,6 +70,14 @@ class FusingBackend:
         codes = mx.where(spoilt, 0, mx.clip(mx.round(x / scale), -limit, limit))
         return Codes(codes, mx.where(spoilt, mx.nan, mx.broadcast_to(scale, spoilt.shape)))
 
+    def quantize_modulated(self, x: mx.array, modulation: Modulation, grid: InputGrid) -> Codes:
+        """All in float32, as a kernel does it."""
+        self.normalized += 1
+        assert modulation.fits(x)
+        scale, shift = (v.astype(mx.float32)[:, None] for v in (modulation.scale, modulation.shift))
+        normal = mx.fast.layer_norm(x.astype(mx.float32), None, None, modulation.eps)
+        return self.quantize(normal * (1 + scale) + shift, grid)
+
     def bias_table(self, operand: dict[str, Any], biases: mx.array) -> mx.array:
         return biases
 
@@ -79,6 +90,20 @@ class FusingBackend:
     ) -> mx.array:
         y = codes.values @ operand["codes"].T * (codes.scales * operand["scales"][:, 0])
         return (y if columns is None else y + columns).astype(dtype)
+
+    def product_added(
+        self,
+        codes: Codes,
+        operand: dict[str, Any],
+        residual: mx.array,
+        gate: mx.array,
+        columns: mx.array | None = None,
+    ) -> mx.array:
+        self.added += 1
+        assert gate.dtype == residual.dtype
+        y = self.product(codes, operand, mx.float32, columns).reshape(residual.shape)
+        total = residual.astype(mx.float32) + gate.astype(mx.float32)[:, None] * y
+        return total.astype(residual.dtype)
 
     def input_table(
         self, shifts: mx.array | None, smoothing: mx.array | None, columns: int

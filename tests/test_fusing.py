@@ -6,15 +6,16 @@ import dataclasses
 
 from src.backends import named
 from src.backends.cuda_int8 import CudaInt8
-from src.backends.fusing import Chaining, Fusing
+from src.backends.fusing import Adding, Chaining, Fusing, Normalizing
 from src.inference.kernels import TEXT, join, rows_of
 from src.models.gelu import gelu_tanh
 from src.models.load import load_pipeline
+from src.models.mmdit import NORM_EPS, modulate
 from src.models.paths import block_linears
 from src.quant.artifacts import LayerConfig
 from src.quant.fused import read_alike
 from src.quant.inject import check_layers, put_in
-from src.quant.joined import JoinedFeedForward, JoinedProjections
+from src.quant.joined import JoinedFeedForward, JoinedProjections, Norm
 from src.quant.linear import QuantizedLinear, Runtime
 from src.quant.schedule import Schedule, Step
 from src.sampling import guided
@@ -34,6 +35,7 @@ from .quantized_models import grid_of
 from .test_inject import LATENT, config_for, rounded_layers
 
 COLUMNS, SIGMAS = 64, (0.9, 0.5, 0.1)
+NORM = Norm(modulate, NORM_EPS)
 ROUNDING = 2e-6  # of float32 sums that are put together in another order
 
 
@@ -64,8 +66,10 @@ def layers_of(config, backend, *, a_scale="static", rows=48, columns=COLUMNS, st
 
 
 def test_the_cuda_kernels_and_the_stand_in_are_of_the_protocol():
-    assert isinstance(CudaInt8(), Chaining) and isinstance(FusingBackend(), Chaining)
+    for kind in (Chaining, Normalizing, Adding):
+        assert isinstance(CudaInt8(), kind) and isinstance(FusingBackend(), kind)
     assert not isinstance(named("dense"), Fusing)
+    assert not isinstance(named("metal_int8"), (Chaining, Normalizing, Adding))
 
 
 @pytest.mark.parametrize("a_scale", ["static", "token"])
@@ -158,7 +162,7 @@ def attention_of(configs, backend, step, *, output: bool = True) -> nn.Module:
 
 def test_q_k_and_v_share_one_quantization():
     backend, step = FusingBackend(), Step(Schedule(SIGMAS))
-    joined = JoinedProjections(attention_of([grid(smoothing=True)] * 3, backend, step))
+    joined = JoinedProjections(attention_of([grid(smoothing=True)] * 3, backend, step), NORM)
     x = mx.random.normal((2, 7, COLUMNS))
     alone = [layer(x) for layer in (joined.q_proj, joined.k_proj, joined.v_proj)]
     assert backend.quantized == 3
@@ -181,7 +185,7 @@ def test_q_k_and_v_share_one_quantization():
 def test_layers_with_other_grids_share_nothing(change):
     backend, step = FusingBackend(), Step(Schedule(SIGMAS))
     configs = [grid(), grid(), dataclasses.replace(grid(), **change)]
-    joined = JoinedProjections(attention_of(configs, backend, step))
+    joined = JoinedProjections(attention_of(configs, backend, step), NORM)
     assert read_alike([joined.q_proj, joined.k_proj])
     assert not read_alike([joined.q_proj, joined.v_proj])
     x = mx.random.normal((2, 7, COLUMNS))
@@ -196,7 +200,7 @@ def test_layers_of_two_models_or_a_plain_one_share_nothing():
     one, other = (layers_of(grid(), backend, step=Step(Schedule(SIGMAS)))[0] for _ in range(2))
     assert not read_alike([one, other])  # each follows a step of its own
     step = Step(Schedule(SIGMAS))
-    joined = JoinedProjections(attention_of([grid()] * 3, backend, step))
+    joined = JoinedProjections(attention_of([grid()] * 3, backend, step), NORM)
     joined.k_proj = nn.Linear(COLUMNS, 48)
     before, x = backend.quantized, mx.random.normal((2, 7, COLUMNS))
     q, k, v = joined.project(x)
@@ -212,7 +216,7 @@ def feed_forward(backend, step, *, shifts=1, smoothing=False, coarse=1, a_scale=
 
     hidden = dataclasses.replace(grid(96, shifts, smoothing, coarse), scale=[0.02, 0.04, 0.01])
     fc1, fc2 = quantized(COLUMNS, 96, grid()), quantized(96, COLUMNS, hidden, low)
-    return JoinedFeedForward(fc1, fc2, gelu_tanh)
+    return JoinedFeedForward(fc1, fc2, gelu_tanh, NORM)
 
 
 @pytest.mark.parametrize("shifts", [0, 1, 3])
@@ -245,6 +249,134 @@ def test_an_mlp_that_cannot_be_chained_runs_layer_by_layer():
     assert mlp(x[:, :0]).shape == (2, 0, COLUMNS)
 
 
+# --- the layer norm before, the gate and the residual behind
+
+
+def modulation_of(columns: int, entries: int, dtype=mx.float32) -> list[mx.array]:
+    """Shift, scale and gate, parts of one array as the model has them."""
+    parts = mx.random.normal((entries, 3 * columns), key=mx.random.key(8)) * 0.5
+    return mx.split(parts.astype(dtype), 3, axis=1)
+
+
+def outputs_of(joined, x, attended, shift, scale, gate) -> list[mx.array]:
+    return [*joined.project_modulated(x, shift, scale), joined.add_output(x, attended, gate)]
+
+
+def attention_with_output(backend, step, **how) -> JoinedProjections:
+    attention = attention_of([grid(**how)] * 3, backend, step)
+    attention.o_proj = QuantizedLinear.from_linear(
+        nn.Linear(COLUMNS, COLUMNS), grid=grid(), runtime=Runtime(step, backend=backend)
+    )
+    return JoinedProjections(attention, NORM)
+
+
+@given(
+    tokens=st.integers(1, 9),
+    entries=st.sampled_from([1, 2]),
+    sigmas=st.sampled_from([0.9, (0.9, 0.3)]),
+    shifts=st.sampled_from([0, 1, 3]),
+    smoothing=st.booleans(),
+)
+def test_an_attention_begins_with_its_norm_and_ends_with_its_residual(
+    tokens, entries, sigmas, shifts, smoothing
+):
+    """Also with rows of a batch at steps of their own, which have grids of their own."""
+    mx.random.seed(tokens)
+    backend, step = FusingBackend(), Step(Schedule(SIGMAS))
+    joined = attention_with_output(backend, step, shifts=shifts, smoothing=smoothing)
+    step.set_sigma(mx.array(sigmas))
+    x, attended = mx.random.normal((2, tokens, COLUMNS)), mx.random.normal((2, tokens, COLUMNS))
+    shift, scale, gate = modulation_of(COLUMNS, entries)
+    got = outputs_of(joined, x, attended, shift, scale, gate)
+    assert backend.normalized == backend.added == 1 and backend.quantized == 2
+    modulated = modulate(x, shift, scale)
+    wanted = [layer(modulated) for layer in (joined.q_proj, joined.k_proj, joined.v_proj)]
+    wanted.append(x + joined.o_proj(attended) * gate[:, None])
+    for one, other in zip(got, wanted, strict=True):
+        assert one.shape == other.shape and one.dtype == other.dtype
+        # Where a value lies halfway between two codes, either is right.
+        assert relative_error(one, other) < 5e-3
+    assert relative_error(got[-1], wanted[-1]) < ROUNDING
+
+
+def test_sixteen_bits_are_rounded_once():
+    backend, step = FusingBackend(), Step(Schedule(SIGMAS))
+    joined = attention_with_output(backend, step)
+    x = mx.random.normal((2, 7, COLUMNS), key=mx.random.key(4)).astype(mx.float16)
+    attended = mx.random.normal((2, 7, COLUMNS), key=mx.random.key(5)).astype(mx.float16)
+    gate = modulation_of(COLUMNS, 2, mx.float16)[2]
+    got = joined.add_output(x, attended, gate)
+    assert got.dtype == mx.float16 and backend.added == 1
+    y = joined.o_proj(attended.astype(mx.float32))
+    exact = (
+        np.array(x).astype(np.float64) + np.array(y) * np.array(gate).astype(np.float64)[:, None]
+    )
+    np.testing.assert_allclose(got, exact, rtol=2**-11, atol=1e-6)
+
+
+def test_what_cannot_be_put_together_is_done_one_after_the_other():
+    """Other grids, a low-rank branch, vectors of another dtype, a plain layer, no tokens."""
+    x, attended = mx.random.normal((2, 7, COLUMNS)), mx.random.normal((2, 7, COLUMNS))
+    vectors = modulation_of(COLUMNS, 2)
+
+    def compare(joined, backend, normalized: int, added: int) -> None:
+        backend.normalized = backend.added = 0
+        got = outputs_of(joined, x, attended, *vectors)
+        assert (backend.normalized, backend.added) == (normalized, added)
+        modulated = modulate(x, *vectors[:2])
+        for layer, one in zip((joined.q_proj, joined.k_proj, joined.v_proj), got, strict=False):
+            assert relative_error(one, layer(modulated)) < 5e-3
+        wanted = x + joined.o_proj(attended) * vectors[2][:, None]
+        assert relative_error(got[-1], wanted) < ROUNDING
+
+    backend, step = FusingBackend(), Step(Schedule(SIGMAS))
+    joined = attention_with_output(backend, step)
+    compare(joined, backend, 1, 1)
+    thin = tuple(0.1 * mx.random.normal(s, key=mx.random.key(1)) for s in ((2, 64), (48, 2)))
+    low = QuantizedLinear.from_linear(
+        nn.Linear(COLUMNS, 48), grid=grid(), low_rank=thin, runtime=Runtime(step, backend=backend)
+    )
+    q_proj, joined.q_proj = joined.q_proj, low
+    compare(joined, backend, 0, 1)
+    joined.q_proj, joined.o_proj = q_proj, nn.Linear(COLUMNS, COLUMNS)
+    compare(joined, backend, 1, 0)
+    joined.k_proj = nn.Linear(COLUMNS, 48)
+    compare(joined, backend, 0, 0)
+    joined = attention_with_output(backend, step)
+    backend.normalized = backend.added = 0
+    half = [v.astype(mx.float16) for v in vectors]
+    outputs_of(joined, x, attended, *half)
+    assert backend.normalized == backend.added == 0
+    empty = outputs_of(joined, x[:, :0], attended[:, :0], *vectors)
+    assert [y.shape for y in empty] == [*[(2, 0, 48)] * 3, (2, 0, COLUMNS)]
+
+
+def test_biases_of_several_steps_are_added_before_the_gate():
+    backend, step = FusingBackend(), Step(Schedule(SIGMAS))
+    mlp = feed_forward(backend, step, shifts=3)
+    x, (shift, scale, gate) = mx.random.normal((2, 7, COLUMNS)), modulation_of(COLUMNS, 2)
+    for sigmas, chained, added in (((0.9, 0.1), 0, 0), (0.5, 1, 1)):
+        step.set_sigma(mx.array(sigmas))
+        backend.normalized = backend.chained = backend.added = 0
+        got = mlp.add_modulated(x, shift, scale, gate)
+        assert (backend.normalized, backend.chained, backend.added) == (1, chained, added)
+        wanted = x + mlp.fc2(gelu_tanh(mlp.fc1(modulate(x, shift, scale)))) * gate[:, None]
+        assert relative_error(got, wanted) < 5e-3
+
+
+@pytest.mark.parametrize("how", [{"a_scale": "token"}, {"coarse": 4}, {}])
+def test_an_mlp_takes_what_it_can(how):
+    backend, step = FusingBackend(), Step(Schedule(SIGMAS))
+    mlp = feed_forward(backend, step, **how)
+    x, (shift, scale, gate) = mx.random.normal((2, 7, COLUMNS)), modulation_of(COLUMNS, 2)
+    got = mlp.add_modulated(x, shift, scale, gate)
+    wanted = x + mlp.fc2(gelu_tanh(mlp.fc1(modulate(x, shift, scale)))) * gate[:, None]
+    assert relative_error(got, wanted) < 5e-3
+    assert backend.normalized == 1 and backend.chained == (not how)
+    assert backend.added == ("coarse" not in how)
+    assert mlp.add_modulated(x[:, :0], shift, scale, gate).shape == (2, 0, COLUMNS)
+
+
 # --- whole models
 
 
@@ -265,8 +397,8 @@ def joined_model(model: str, backend, **how):
 HOW = {"smoothing": True, "shifts": 1, "coarse": 1}
 
 
-def velocity(pipeline, sigma) -> mx.array:
-    latent, text, pooled = random_inputs(pipeline.transformer.config, 8, 8)
+def velocity(pipeline, sigma, height: int = 8, width: int = 8) -> mx.array:
+    latent, text, pooled = random_inputs(pipeline.transformer.config, height, width)
     text, pooled = (mx.concatenate([v, v]) for v in (text, pooled))
     return guided(pipeline.transformer, latent, mx.array(sigma), text, pooled, 4.0)
 
@@ -276,7 +408,7 @@ def test_a_joined_model_draws_what_it_did(model):
     backend = FusingBackend()
     fused, parts = joined_model(model, backend, **HOW)
     plain, none = joined_model(model, named("reference"), **HOW)
-    assert none == []
+    assert none and not any(path.endswith("mlp") for path in none)
     depth = fused.transformer.config.depth
     dual = fused.transformer.config.dual_attention_blocks
     assert len(parts) == 2 * depth + dual + 2 * depth - 1  # the last text block has no MLP
@@ -289,6 +421,11 @@ def test_a_joined_model_draws_what_it_did(model):
     o_projs = sum(p.endswith("o_proj") for p in paths)
     assert backend.quantized == 2 * depth + dual + o_projs + 2 * depth - 1
     assert backend.chained == 2 * depth - 1
+    # Each attention and MLP begins with its norm, each o_proj and fc2 ends with the residual.
+    assert backend.normalized == 2 * depth + dual + 2 * depth - 1
+    assert backend.added == o_projs + 2 * depth - 1
+    odd = [velocity(pipeline, 0.5, 6, 10) for pipeline in (fused, plain)]  # 15 tokens
+    assert relative_error(*odd) < 0.02
 
 
 def test_batches_of_several_steps_are_told_apart():

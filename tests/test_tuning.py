@@ -22,7 +22,7 @@ from src.backends.tuning import (
     shipped,
     table_of,
 )
-from src.benchmarking.tuning import measured
+from src.benchmarking.tuning import measured, next_rows
 from src.errors import UserError
 from src.store import write_json
 from src.tune import SHAPES
@@ -287,6 +287,35 @@ def test_a_file_that_cannot_be_written_is_one_error_line_before_measuring(tmp_pa
     assert_one_error_line(result, str(tmp_path))
 
 
+def test_the_most_rows_of_the_first_shapes_come_first():
+    """So that what the largest layers want is known when the time ends, which it does at once."""
+    shapes = [(96, 64), (64, 64), (96, 64)]
+    points = list(measured(["dense"], shapes, [1, 2, 3], 1, 1e-9, pytest.fail))
+    assert [point.shape for point in points] == shapes[:2]
+    points = list(measured(["dense"], shapes, [1, 2, 3], 1, 60.0, pytest.fail))
+    assert [point.rows for point in points] == [3, 3, 1, 1, 2, 2]
+
+
+@given(
+    rows=st.lists(st.integers(1, 9000), min_size=1, max_size=40, unique=True).map(sorted),
+    crossing=st.integers(0, 9001),
+)
+def test_a_crossover_is_found_by_halving(rows, crossing):
+    """Everything is measured in the end, but where another kernel takes over within few turns."""
+    fastest: dict[int, str] = {}
+    turns = 0
+    while (count := next_rows(fastest, rows)) is not None:
+        assert count in rows and count not in fastest
+        fastest[count] = "cuda_int8" if count >= crossing else "dense"
+        turns += 1
+        if turns == 2 + len(rows).bit_length():
+            below = [r for r in rows if r < crossing]
+            above = [r for r in rows if r >= crossing]
+            if below and above:
+                assert {below[-1], above[0]} <= set(fastest)
+    assert list(fastest)[0] == rows[-1] and set(fastest) == set(rows)
+
+
 class Refusing:
     """A kernel that MLX does not compute with more rows than two."""
 
@@ -306,7 +335,8 @@ def test_a_kernel_that_mlx_refuses_is_left_out_and_the_others_measured(monkeypat
     notes: list[str] = []
     names = ["refusing", "dense"]
     points = list(measured(names, [(96, 64)], [2, 3, 5], 1, 60.0, notes.append))
-    assert [list(point.seconds) for point in points] == [names, ["dense"], ["dense"]]
+    found = {point.rows: list(point.seconds) for point in points}
+    assert found == {5: ["dense"], 2: names, 3: ["dense"]}
     assert notes == ["refusing is not measured: [matmul] no such kernel"]
     assert not list(measured(names[:1], [(96, 64)], [3], 1, 60.0, notes.append))
 

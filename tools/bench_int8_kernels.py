@@ -20,6 +20,8 @@ from src.backends import Weight
 from src.backends import cuda_int8_kernels as kernels
 from src.backends.cuda_int8 import CudaInt8, status, usable
 from src.backends.cuda_int8_kernels import MMA, InputGrid, Variant
+from src.backends.fusing import Modulation
+from src.models.mmdit import NORM_EPS, modulate
 
 import click
 import mlx.core as mx
@@ -185,6 +187,62 @@ def projections(rows: int) -> dict[str, Call]:
     }
 
 
+def norms(rows: int) -> dict[str, Call]:
+    """Ways from a stream's tokens to the codes of their modulated layer norm."""
+    x = [mx.random.normal((2, rows // 2, HIDDEN)).astype(mx.float16) for _ in range(SETS)]
+    parts = [(0.1 * mx.random.normal((2, 6 * HIDDEN))).astype(mx.float16) for _ in range(SETS)]
+    backend, grid = CudaInt8(), static_grid()
+    mx.eval(x, parts)
+    plain = mx.compile(modulate)
+
+    def vectors(i: int) -> list[mx.array]:
+        return mx.split(parts[i % SETS], 6, axis=1)[:2]
+
+    def fused(i: int) -> mx.array:
+        shift, scale = vectors(i)
+        return backend.quantize_modulated(
+            x[i % SETS], Modulation(scale, shift, NORM_EPS), grid
+        ).tiles
+
+    return {
+        FP16: lambda i: plain(x[i % SETS], *vectors(i)),
+        "the same, then codes": lambda i: (
+            backend.quantize(plain(x[i % SETS], *vectors(i)), grid).tiles
+        ),
+        INT8: fused,
+    }
+
+
+def gated_sums(rows: int) -> dict[str, Call]:
+    """Ways of a product of codes, its gate and the residual; in fp16 one of floats."""
+    shape = (2, rows // 2, HIDDEN)
+    x, residual = (
+        [mx.random.normal(shape).astype(mx.float16) for _ in range(SETS)] for _ in range(2)
+    )
+    gates = [mx.random.normal((2, HIDDEN)).astype(mx.float16) for _ in range(SETS)]
+    w = [(mx.random.normal((HIDDEN, HIDDEN)) * 0.02).astype(mx.float16) for _ in range(SETS)]
+    bias, backend, grid = mx.zeros((HIDDEN,), dtype=mx.float16), CudaInt8(), static_grid()
+    operands, codes = [operand_of(v) for v in w], [backend.quantize(v, grid) for v in x]
+    mx.eval(residual, gates, w, bias, [(c.tiles, c.scales) for c in codes])
+
+    @mx.compile
+    def added(x: mx.array, y: mx.array, gate: mx.array) -> mx.array:
+        return x + y.reshape(x.shape) * gate[:, None]
+
+    def apart(i: int, y: mx.array) -> mx.array:
+        return added(residual[i % SETS], y, gates[i % SETS])
+
+    return {
+        FP16: lambda i: apart(i, mx.addmm(bias, x[i % SETS], w[i % SETS].T)),
+        "int8, added afterwards": lambda i: apart(
+            i, backend.product(codes[i % SETS], operands[i % SETS], mx.float16)
+        ),
+        INT8: lambda i: backend.product_added(
+            codes[i % SETS], operands[i % SETS], residual[i % SETS], gates[i % SETS]
+        ),
+    }
+
+
 # --- the report
 
 
@@ -216,6 +274,11 @@ def run(rows: int, variant: Variant) -> tuple[dict[str, Any], list[str]]:
         jobs[f"N {outputs}, K {columns}"] = (shape, lambda shape=shape: layers(*shape))
     jobs["Whole MLP"] = ((2 * rows, HIDDEN, WIDE), lambda: mlps(rows))
     jobs["q, k and v"] = ((3 * rows, HIDDEN, HIDDEN), lambda: projections(rows))
+    jobs["Output projection, gate and residual"] = (
+        (rows, HIDDEN, HIDDEN),
+        lambda: gated_sums(rows),
+    )
+    jobs["Modulated layer norm to codes (no product)"] = ((0,), lambda: norms(rows))
     for title, (shape, ways) in jobs.items():
         found = products_of_torch(worker, *shape) if title.startswith("N ") else {}
         found |= {name: clock.seconds(call) for name, call in ways().items()}

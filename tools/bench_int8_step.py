@@ -9,13 +9,17 @@ is measured twice, in processes of their own: with CUDA graphs, as MLX does by i
 from __future__ import annotations
 
 import gc
+import io
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,6 +55,12 @@ SIGMAS = tuple(float(s) for s in sd3_sigmas(STEPS)[:-1])
 BASE, MLX4 = "16 bits", "W4A16, MLX's own 4 bits"
 BITS = (8, 4)
 MAKING = 3  # seconds that one more row may take
+# Of MLX's primitives those that only look at an array in another way.
+VIEWS = set(
+    "Reshape Transpose ExpandDims Squeeze Broadcast Unflatten Split Slice Contiguous".split()
+)
+VIEWS |= {"CustomTransforms"}
+PARTS = {"Concatenate": 2}  # copies: one of either stream
 GOALS = {512: (1.35, 2.5), 1024: (1.2, 2.0)}  # times 16 bits, and times MLX's own 4 bits
 
 
@@ -67,8 +77,9 @@ class Model:
     exact: Pipeline
     codes: dict[int, dict[str, QuantizedLinear]]  # by bits and path
 
-    def over(self, bits: int, kernel: str | None) -> Pipeline:
-        """Multiplied by that kernel; none: as `select` decides for the size."""
+    def over(self, bits: int, kernel: str | None, joins: bool = True) -> Pipeline:
+        """Multiplied by that kernel; none: as `select` decides for the size. Layers share work
+        unless told otherwise."""
         step, rows = Step(Schedule(SIGMAS)), rows_of(self.exact.transformer.config, self.defaults)
         backend = None if kernel is None else named(kernel)
         layers = {
@@ -76,7 +87,8 @@ class Model:
             for path, layer in self.codes[bits].items()
         }
         made = with_layers(self.exact, layers, step)
-        join(made.transformer)
+        if joins:
+            join(made.transformer)
         return made
 
     def replaced(self, layer_of: Callable[[nn.Linear], nn.Module]) -> Pipeline:
@@ -224,6 +236,55 @@ def measured(model: Model, pixels: int, rounds: int, end: float) -> dict[str, An
     return found
 
 
+def launches(pipeline: Pipeline, tokens: int) -> dict[str, int]:
+    """Kernels that the first block starts, compiled, by MLX's name of what they are; the scales of
+    the step, which all blocks share, are there already."""
+    transformer, dtype = pipeline.transformer, pipeline.dtype
+    block, hidden = transformer.multimodal_transformer_blocks[0], transformer.config.hidden
+    streams = block.image_transformer_block, block.text_transformer_block
+    shapes = [(2, tokens, hidden), (2, TEXT_TOKENS, hidden)]
+    shapes += [(2, s.adaLN_modulation.layers[1].weight.shape[0]) for s in streams]
+    inputs = [mx.zeros(shape, dtype) for shape in shapes]
+    mx.eval(inputs)
+    level = transformer.level
+    with nullcontext() if level is None else level.at(mx.array(SIGMAS[3])):
+        mx.eval([] if level is None else [level.place, level.part, level.grid(0, 3)])
+        outputs = mx.compile(block.modulated)(*inputs)
+    graph = io.StringIO()
+    mx.export_to_dot(graph, *outputs)
+    found = Counter(re.findall(r'label ?="(\w+)", shape=rectangle', graph.getvalue()))
+    return {n: count * PARTS.get(n, 1) for n, count in found.items() if n not in VIEWS}
+
+
+def bytes_a_token(hidden: int, ratio: int) -> dict[str, int]:
+    """Read and written around the linears of one stream of a block, without weights and attention,
+    counted by hand: 2 bytes a number, 1 a code; what is fused stays in the chip."""
+    norm, modulation, residual = 2 + 2, 2 + 2, 2 + 2 + 2
+    gelu, wide = 4 * ratio, 2 * ratio
+    floats = 2 * (norm + modulation + residual) + 4 * (2 + 2) + (2 + wide) + gelu + (wide + 2)
+    quantized = 5 * (2 + 1) + (wide + ratio)  # floats to codes: q, k, v, o and fc1, then fc2
+    products = 4 * (1 + 2) + (1 + wide) + (ratio + 2)
+    alone = 2 * (norm + modulation + residual) + quantized + products + gelu
+    entered = 2 * (2 + 1) + (2 + 1)  # the two norms with their codes, and o's codes
+    ended = 3 * (1 + 2) + (1 + 2 + 2) + (1 + ratio) + (ratio + 2 + 2)
+    per_channel = {BASE: floats, "layer by layer": alone, "joined": entered + ended}
+    return {name: hidden * count for name, count in per_channel.items()}
+
+
+def blocks_of(model: Model, tokens: int) -> dict[str, Any]:
+    """Kernels and bytes of a block, before its layers are joined and after."""
+    config, kernel = model.exact.transformer.config, "cuda_int8"
+    ways = {BASE: lambda: model.exact}
+    if cuda_int8.usable():
+        ways["layer by layer"] = lambda: model.over(4, kernel, joins=False)
+        ways["joined"] = lambda: model.over(4, kernel)
+    counted = bytes_a_token(config.hidden, config.mlp_ratio)
+    return {
+        name: {"kernels": launches(make(), tokens), "bytes_a_token": counted[name]}
+        for name, make in ways.items()
+    }
+
+
 def worker(name: str, pixels: tuple[int, ...], rounds: int, seconds: float) -> dict[str, Any]:
     end, model = time.monotonic() + seconds, model_of(name)
     sizes = {}
@@ -232,7 +293,9 @@ def worker(name: str, pixels: tuple[int, ...], rounds: int, seconds: float) -> d
         sizes[str(size)] = measured(model, size, rounds, share)
         gc.collect()
         mx.clear_cache()
-    return {"dtype": str(model.exact.dtype), "kernel": cuda_int8.status(), "sizes": sizes}
+    described = {"dtype": str(model.exact.dtype), "kernel": cuda_int8.status(), "sizes": sizes}
+    tokens = next(iter(sizes.values()))["tokens"]
+    return described | {"blocks": blocks_of(model, tokens)}
 
 
 def ways() -> dict[str, dict[str, str]]:
@@ -252,7 +315,8 @@ def lines_of(data: dict[str, Any]) -> list[str]:
         for pixels, size in found["sizes"].items():
             title = ", ".join(filter(None, [f"{pixels} pixels", found["dtype"], way]))
             lines += ["", f"## {title}", "", *table_of(size), "", *bound_of(int(pixels), size)]
-    return lines
+    blocks = next(iter(data["ways"].values()))["blocks"]
+    return [*lines, "", "## What a block takes", "", *blocks_table(blocks)]
 
 
 def table_of(size: dict[str, Any]) -> list[str]:
@@ -267,6 +331,18 @@ def table_of(size: dict[str, Any]) -> list[str]:
             f"| {row['held'] / 1e9:.2f} | {row['peak'] / 1e9:.2f} | {kernels} |"
         )
     return [*lines, *(f"\n{name} is left out: {why}." for name, why in size["left_out"].items())]
+
+
+def blocks_table(blocks: dict[str, Any]) -> list[str]:
+    lines = ["| a block | kernels | of these | bytes a token and stream beside the weights |"]
+    lines.append("|---|---:|---|---:|")
+    for name, found in blocks.items():
+        kinds: Counter[str] = Counter()
+        for kind, count in found["kernels"].items():
+            kinds[re.sub("^Compiled.*", "compiled", kind)] += count
+        words = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
+        lines.append(f"| {name} | {sum(kinds.values())} | {words} | {found['bytes_a_token']} |")
+    return lines
 
 
 def bound_of(pixels: int, size: dict[str, Any]) -> list[str]:

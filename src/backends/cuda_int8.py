@@ -12,10 +12,19 @@ import mlx.core as mx
 
 from . import cuda_int8_kernels as kernels
 from .cuda_int8_check import self_test
-from .cuda_int8_kernels import MMA, UNPACKED_BITS, WGMMA, Codes, Following, InputGrid, Variant
+from .cuda_int8_kernels import (
+    MMA,
+    NARROW,
+    UNPACKED_BITS,
+    WGMMA,
+    Codes,
+    Following,
+    InputGrid,
+    Variant,
+)
 from .dense import Dense
 from .device import HOPPER, Device
-from .fusing import multiply_codes
+from .fusing import Modulation, multiply_codes
 from .unpack import Unpack
 from .weight import Weight
 
@@ -23,7 +32,7 @@ OLDEST = 80  # as `Device` counts generations
 LARGEST_CODE = 127
 INT32_BELOW = 2**31
 INPUT_DTYPES = (mx.float16, mx.bfloat16, mx.float32, mx.int8)
-VARIANTS = {variant.name: variant for variant in (WGMMA, MMA)}
+VARIANTS = {variant.name: variant for variant in (WGMMA, NARROW, MMA)}
 FALLBACKS = {backend.name: backend for backend in (Dense(), Unpack())}
 
 
@@ -81,11 +90,14 @@ class CudaInt8:
         scales = weight.scales[:, 0]
         operand = {"kernel": variant.name, "scales": scales}
         operand["columns"] = kernels.column_table(scales)[0]
+        if variant is WGMMA and NARROW.fits(len(scales)) and not self_test(NARROW):
+            operand["narrow"] = NARROW.name
         if self.keeps_packed and weight.bits in UNPACKED_BITS:
             return {**operand, "packed": weight.packed, "bits": weight.bits}
+        if lent:
+            return {**operand, "bytes": weight}
         operand["tiles"] = kernels.weight_tiles(weight)
-        if keeps:
-            mx.eval(operand["tiles"], operand["columns"])
+        mx.eval(operand["tiles"], operand["columns"])
         return operand
 
     def multiply(self, x: mx.array, factor: mx.array | None, operand: dict[str, Any]) -> mx.array:
@@ -102,6 +114,11 @@ class CudaInt8:
     def quantize(self, x: mx.array, grid: InputGrid) -> Codes:
         """Codes of (…, columns) floats, once for all the products that take them."""
         return kernels.quantize(known(x), grid)
+
+    @staticmethod
+    def quantize_modulated(x: mx.array, modulation: Modulation, grid: InputGrid) -> Codes:
+        """Codes of the modulated layer norm of (batch, tokens, columns) floats."""
+        return kernels.quantize_modulated(x, modulation, grid)
 
     @staticmethod
     def bias_table(operand: dict[str, Any], biases: mx.array) -> mx.array:
@@ -128,7 +145,27 @@ class CudaInt8:
         """(rows, outputs); `columns` is a row of `column_table`, none adds no bias."""
         columns = operand["columns"] if columns is None else columns
         return kernels.multiply(
-            codes, tiles_of(operand), operand["scales"], columns, dtype, VARIANTS[operand["kernel"]]
+            codes, tiles_of(operand), operand["scales"], columns, dtype, variant_of(operand, codes)
+        )
+
+    def product_added(
+        self,
+        codes: Codes,
+        operand: dict[str, Any],
+        residual: mx.array,
+        gate: mx.array,
+        columns: mx.array | None = None,
+    ) -> mx.array:
+        """residual + gate · product, in the residual's shape and dtype."""
+        columns = operand["columns"] if columns is None else columns
+        return kernels.multiply_added(
+            codes,
+            tiles_of(operand),
+            operand["scales"],
+            columns,
+            residual,
+            gate,
+            variant_of(operand, codes),
         )
 
     def product_gelu(
@@ -146,7 +183,7 @@ class CudaInt8:
             operand["scales"],
             columns,
             following,
-            VARIANTS[operand["kernel"]],
+            variant_of(operand, codes),
         )
 
     def linear(
@@ -163,9 +200,20 @@ class CudaInt8:
         return self.product(self.quantize(x, grid), operand, x.dtype, columns).reshape(shape)
 
 
+def variant_of(operand: dict[str, Any], codes: Codes) -> Variant:
+    """The kernel for that many rows."""
+    variant, width = VARIANTS[operand["kernel"]], len(operand["scales"])
+    narrow = (
+        variant is WGMMA and "narrow" in operand and kernels.narrow_is_faster(codes.rows, width)
+    )
+    return VARIANTS[operand["narrow"]] if narrow else variant
+
+
 def tiles_of(operand: dict[str, Any]) -> mx.array:
     if "tiles" in operand:
         return operand["tiles"]
+    if "bytes" in operand:
+        return kernels.weight_tiles(operand["bytes"])
     return kernels.weight_tiles(
         Weight(operand["packed"], operand["scales"][:, None], operand["bits"])
     )

@@ -13,10 +13,10 @@ import mlx.core as mx
 import numpy as np
 
 from . import cuda_int8_kernels as kernels
-from .cuda_int8_kernels import PIECE, InputGrid, Variant
+from .cuda_int8_kernels import CHUNK, PIECE, InputGrid, Variant
+from .fusing import Modulation
 from .weight import Weight
 
-CHUNK = 16
 SMALLEST_SCALE = np.float32(1e-12)
 
 
@@ -36,6 +36,7 @@ SELF_TEST = (
     Case(300, 264, 6144, 4),
     Case(128, 256, 6144, 8),
     Case(2817, 1536, 64, 4),
+    Case(2817, 1600, 160, 8),
 )
 # Each dtype, and each of what a grid may have; Metal's kernels are asked the same.
 QUANTIZER_TEST = (
@@ -43,7 +44,16 @@ QUANTIZER_TEST = (
     (130, 160, mx.bfloat16, {"shifted": True, "smoothed": True}),
     (33, 1536, mx.float32, {"shifted": True, "smoothed": True, "per_token": True}),
 )
-ENDING_TEST = (Case(137, 384, 256, 4),)
+# (batch, tokens, columns), and the same.
+NORM_TEST = (
+    (2, 77, 200, mx.float16, {}),
+    (1, 9, 1536, mx.bfloat16, {"shifted": True, "smoothed": True}),
+    (3, 5, 700, mx.float32, {"smoothed": True, "per_token": True}),
+)
+NORM_EPS = 1e-6
+# Sums in another order move a number by a millionth; some lie that close to the next code.
+MOST_NEIGHBOURS = 1e-3
+ENDING_TEST = (Case(138, 384, 256, 4), Case(33, 100, 64, 4))
 ENDING_SCALES = (0.03, 0.02)  # of the input, and of what follows GELU
 
 
@@ -121,13 +131,26 @@ class RandomInput(NamedTuple):
 
 
 class RandomEnding(NamedTuple):
-    """An input in floats, a weight and a bias, and the two other endings of their product."""
+    """An input in floats, a weight and a bias, and the three other endings of their product."""
 
     x: mx.array  # (rows, columns) float32
     weight: Weight
     bias: mx.array  # (outputs,) float32
     wanted: np.ndarray  # (rows, outputs) float16, with the bias
     codes: np.ndarray  # (rows, outputs) int8, of GELU of the same
+    residual: mx.array  # (1 or 2, tokens, outputs) float16
+    gate: mx.array  # (1 or 2, outputs) float16, a part of a larger array
+    added: np.ndarray  # (rows, outputs) float16, the residual and the gated output
+
+
+class RandomNorm(NamedTuple):
+    """An input, its modulation and the grid behind it, and NumPy's codes and scales."""
+
+    x: mx.array  # (batch, tokens, columns)
+    modulation: Modulation  # parts of a larger array
+    grid: InputGrid
+    codes: np.ndarray  # (rows, columns) int8
+    scales: np.ndarray  # (rows,) float32
 
 
 def random_product(case: Case, seed: int = 0) -> RandomProduct:
@@ -142,8 +165,14 @@ def random_product(case: Case, seed: int = 0) -> RandomProduct:
     return RandomProduct(mx.array(x.astype(np.float32)), mx.array(factors), weight, wanted)
 
 
+def fitted(case: Case, variant: Variant) -> Case:
+    """With as many outputs more as the kernel wants."""
+    return case._replace(outputs=variant.multiple * kernels.pieces(case.outputs, variant.multiple))
+
+
 def wrong_sums(variant: Variant, case: Case, seed: int = 0) -> int:
     """How many outputs of a random product differ from NumPy's in any bit."""
+    case = fitted(case, variant)
     product = random_product(case, seed)
     rows, scales = kernels.quantize(product.x, InputGrid.of_codes(127)), product.weight.scales[:, 0]
     got = kernels.multiply(
@@ -167,24 +196,53 @@ def random_ending(case: Case, seed: int = 0) -> RandomEnding:
     y = sums * (scale * np.array(weight.scales)[:, 0]) + bias
     gelu = 0.5 * y * (1 + np.tanh(np.sqrt(2 / np.pi) * (y + 0.044715 * y**3)))
     behind, _ = codes_of(gelu, following, 127)
-    return RandomEnding(mx.array(x), weight, mx.array(bias), y.astype(np.float16), behind)
+    batch = 1 + (case.rows % 2 == 0)
+    residual = rng.standard_normal((batch, case.rows // batch, case.outputs)).astype(np.float16)
+    parts = rng.standard_normal((batch, 3 * case.outputs)).astype(np.float16)
+    gate = np.repeat(np.split(parts, 3, axis=1)[2], case.rows // batch, axis=0)
+    added = residual.reshape(y.shape).astype(np.float64) + gate * y
+    return RandomEnding(
+        mx.array(x),
+        weight,
+        mx.array(bias),
+        y.astype(np.float16),
+        behind,
+        mx.array(residual),
+        mx.split(mx.array(parts), 3, axis=1)[2],
+        added.astype(np.float16),
+    )
 
 
 def wrong_endings(variant: Variant, case: Case, seed: int = 0) -> int:
-    """How many outputs in float16, codes behind GELU and their scales are not NumPy's. Either may
-    be its neighbour: GELU's tanh is an approximation, and NumPy rounds twice."""
-    x, weight, bias, wanted, wanted_codes = random_ending(case, seed)
+    """How many outputs in float16, with and without residual, codes behind GELU and their scales
+    are not NumPy's. Each may be its neighbour: GELU's tanh is an approximation, and NumPy rounds
+    elsewhere."""
+    case = fitted(case, variant)
+    ending = random_ending(case, seed)
     grid, following = (InputGrid(mx.array([s]), mx.array([127.0])) for s in ENDING_SCALES)
-    scales = weight.scales[:, 0]
-    table = kernels.column_table(scales, bias)[0]
-    product = kernels.quantize(x, grid), kernels.weight_tiles(weight), scales, table
-    got = np.array(kernels.multiply(*product, mx.float16, variant))
+    scales = ending.weight.scales[:, 0]
+    table = kernels.column_table(scales, ending.bias)[0]
+    product = (
+        kernels.quantize(ending.x, grid),
+        kernels.weight_tiles(ending.weight),
+        scales,
+        table,
+    )
     behind = kernels.multiply_gelu(*product, kernels.following(following, case.outputs), variant)
-    apart = np.abs(got.astype(np.float32) - wanted.astype(np.float32))
-    wrong = int((~(apart <= np.spacing(np.abs(wanted)))).sum())  # NaN is wrong too
     codes = untiled(np.array(behind.tiles), case.rows, case.outputs).astype(int)
-    wrong += int((np.abs(codes - wanted_codes) > 1).sum())
-    return wrong + int((np.array(behind.scales) != np.float32(ENDING_SCALES[1])).sum())
+    wrong = int((np.abs(codes - ending.codes) > 1).sum())
+    wrong += int((np.array(behind.scales) != np.float32(ENDING_SCALES[1])).sum())
+    wrong += not_neighbours(kernels.multiply(*product, mx.float16, variant), ending.wanted)
+    added = kernels.multiply_added(*product, ending.residual, ending.gate, variant)
+    return wrong + not_neighbours(added.reshape(ending.added.shape), ending.added)
+
+
+def not_neighbours(got: mx.array, wanted: np.ndarray) -> int:
+    """How many float16 numbers differ by more than one step and what float32 loses; NaN does."""
+    sizes = np.abs(wanted).astype(np.float32)
+    apart = np.abs(np.array(got).astype(np.float32) - wanted.astype(np.float32))
+    lost = 1e-6 * max(1.0, sizes.max(initial=0.0))
+    return int((~(apart <= np.spacing(np.abs(wanted)) + np.float32(lost))).sum())
 
 
 def random_input(
@@ -205,14 +263,59 @@ def random_input(
     smoothing = rng.uniform(0.3, 3, columns).astype(np.float32) if smoothed else None
     x = np.array(held.astype(mx.float32))
     codes, scales = codes_of(x, scale, limit, shift, smoothing, per_token)
-    grid = InputGrid(
-        mx.array([scale]),
-        mx.array([limit]),
-        None if shift is None else mx.array(shift),
-        None if smoothing is None else mx.array(smoothing),
-        per_token,
+    return RandomInput(held, grid_of(scale, limit, shift, smoothing, per_token), codes, scales)
+
+
+def grid_of(
+    scale: float,
+    limit: float,
+    shift: np.ndarray | None,
+    smoothing: np.ndarray | None,
+    per_token: bool,
+) -> InputGrid:
+    given = (None if v is None else mx.array(v) for v in (shift, smoothing))
+    return InputGrid(mx.array([scale]), mx.array([limit]), *given, per_token)
+
+
+def random_modulated(
+    batch: int,
+    tokens: int,
+    columns: int,
+    dtype: mx.Dtype,
+    *,
+    shifted: bool = False,
+    smoothed: bool = False,
+    per_token: bool = False,
+    seed: int = 0,
+) -> RandomNorm:
+    rng = np.random.default_rng(seed)
+    x = mx.array(rng.normal(1, 2, (batch, tokens, columns)).astype(np.float32)).astype(dtype)
+    parts = mx.array(rng.normal(0, 0.5, (batch, 3 * columns)).astype(np.float32)).astype(dtype)
+    moved, scaled = mx.split(parts, 3, axis=1)[1:]
+    shift = rng.standard_normal(columns).astype(np.float32) if shifted else None
+    smoothing = rng.uniform(0.3, 3, columns).astype(np.float32) if smoothed else None
+    exact, offset, gain = (
+        np.array(v.astype(mx.float32)).astype(np.float64) for v in (x, moved, scaled)
     )
-    return RandomInput(held, grid, codes, scales)
+    exact = exact - exact.mean(axis=2, keepdims=True)
+    exact = exact / np.sqrt(exact.var(axis=2, keepdims=True) + NORM_EPS)
+    modulated = (exact * (1 + gain[:, None]) + offset[:, None]).reshape(-1, columns)
+    codes, scales = codes_of(modulated, 0.03, 127, shift, smoothing, per_token)
+    grid = grid_of(0.03, 127.0, shift, smoothing, per_token)
+    return RandomNorm(x, Modulation(scaled, moved, NORM_EPS), grid, codes, scales)
+
+
+def wrong_modulated(batch: int, tokens: int, columns: int, dtype: mx.Dtype, **how: Any) -> int:
+    """How many codes and scales of a `random_modulated` are not NumPy's: by more than one, or any
+    where there are many such, or around them where there must be zeros."""
+    wanted = random_modulated(batch, tokens, columns, dtype, **how)
+    got = kernels.quantize_modulated(wanted.x, wanted.modulation, wanted.grid)
+    tiles = np.array(got.tiles)
+    codes = untiled(tiles, batch * tokens, columns)
+    apart = np.abs(codes.astype(int) - wanted.codes)
+    few = (apart > 0).sum() <= max(2, MOST_NEIGHBOURS * apart.size)
+    wrong = int((apart > (1 if few else 0)).sum()) + int((tiles != tiled(codes)).sum())
+    return wrong + int((~np.isclose(np.array(got.scales), wanted.scales, rtol=1e-5)).sum())
 
 
 def wrong_codes(rows: int, columns: int, dtype: mx.Dtype, **how: Any) -> int:
@@ -241,5 +344,6 @@ def self_test(variant: Variant) -> str:
     return (
         first_wrong(SELF_TEST, partial(wrong_sums, variant))
         or first_wrong(QUANTIZER_TEST, lambda case: wrong_codes(*case[:3], **case[3]))
+        or first_wrong(NORM_TEST, lambda case: wrong_modulated(*case[:4], **case[4]))
         or first_wrong(ENDING_TEST, partial(wrong_endings, variant))
     )

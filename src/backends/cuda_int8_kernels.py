@@ -13,10 +13,11 @@ from typing import Any
 
 import mlx.core as mx
 
-from .fusing import InputGrid
+from .fusing import InputGrid, Modulation
 from .weight import Weight
 
 PIECE = 128  # rows, and codes along the depth, of a piece of a tile
+CHUNK = 16  # codes that a thread of the quantizers has at once
 WIDE = 256  # columns that the Hopper kernel takes at once, to which weights are padded
 ROWS_PER_BLOCK, QUANTIZE_THREADS, UNPACK_THREADS = 8, 256, 256
 UNPACKED_BITS = (4, 8)  # that a kernel unpacks
@@ -34,9 +35,15 @@ class Variant:
     shared_memory: int  # bytes, with room to align them
     columns: int  # of a tile
     persistent: bool
+    multiple: int = 1  # of which a product's outputs must be
+
+    def fits(self, width: int) -> bool:
+        """Whether that many outputs end with a whole tile, where it wants that."""
+        return width % self.multiple == 0
 
 
 WGMMA = Variant("wgmma", "multiply_sm90", 384, 4 * 48 * 1024 + 1024, WIDE, True)
+NARROW = Variant("wgmma_192", "multiply_sm90", 384, 4 * 40 * 1024 + 1024, 192, True, 384)
 MMA = Variant("mma", "multiply_sm80", 256, 3 * 32 * 1024 + 1024, PIECE, False)
 
 
@@ -87,8 +94,10 @@ def wgmma_source(columns: int = WIDE) -> str:
     return f"""
 namespace ditq {{
 
+constexpr int WIDE = {columns};
+
 // Adds to the sums, or overwrites them where `add` is 0.
-__device__ __forceinline__ void wgmma_{columns}(
+__device__ __forceinline__ void wgmma(
     int (&sums)[{count}], unsigned long long rows, unsigned long long columns, int add) {{
   asm volatile(
       "{{\\n.reg .pred add;\\nsetp.ne.b32 add, %{count + 2}, 0;\\n"
@@ -103,7 +112,7 @@ __device__ __forceinline__ void wgmma_{columns}(
 
 
 def multiply_header(variant: Variant) -> str:
-    generated = wgmma_source() if variant is WGMMA else ""
+    generated = "" if variant is MMA else wgmma_source(variant.columns)
     return text("tiles") + text("finish") + generated + text(variant.file)
 
 
@@ -111,6 +120,18 @@ QUANTIZE = """
 ditq::quantize_rows<TOKEN, SHIFT, SMOOTH>(
     x, given, limits, shifts, smoothing, codes, scales, x_shape[0], x_shape[1], limits_shape[0],
     shifts_shape[0]);
+"""
+# All in float32, in one pass: `gains` and `offsets` are the modulation's scale and shift.
+NORMALIZE = """
+const int rows = x_shape[0] * x_shape[1];
+const ditq::Lines<T> lines{x, x_strides[0], x_strides[1], x_strides[2], x_shape[1]};
+const ditq::Lines<T> gain{
+    gains, gains_strides[0], 0, gains_strides[1], rows / gains_shape[0]};
+const ditq::Lines<T> offset{
+    offsets, offsets_strides[0], 0, offsets_strides[1], rows / offsets_shape[0]};
+ditq::normalize_rows<HELD, TOKEN, SHIFT, SMOOTH>(
+    lines, gain, offset, given, limits, shifts, smoothing, codes, scales, rows, x_shape[2],
+    limits_shape[0], shifts_shape[0], EPSILON);
 """
 UNPACK = """
 ditq::unpack_weight<BITS>(packed, tiles, packed_shape[0], packed_shape[1]);
@@ -131,6 +152,17 @@ const ditq::ToCodes finish{
 ditq::multiply(
     a, b, (rows + 127) / 128, (width + TILE - 1) / TILE, b_shape[1], finish);
 """
+MULTIPLY_ADDED = """
+const int rows = row_scales_shape[0], width = weight_scales_shape[0];
+const ditq::ToSum<T> finish{
+    ditq::ToFloats<T>{row_scales, reinterpret_cast<const float4*>(columns), y, rows, width},
+    ditq::Lines<T>{
+        residual, residual_strides[0], residual_strides[1], residual_strides[2],
+        residual_shape[1]},
+    ditq::Lines<T>{gates, gates_strides[0], 0, gates_strides[1], rows / gates_shape[0]}};
+ditq::multiply(
+    a, b, (rows + 127) / 128, (width + TILE - 1) / TILE, b_shape[1], finish);
+"""
 OPERANDS = ("a", "b", "row_scales", "weight_scales", "columns")
 
 
@@ -142,6 +174,18 @@ def quantize_kernel() -> Any:
         output_names=["codes", "scales"],
         source=QUANTIZE,
         header=text("tiles") + text("quantize"),
+    )
+
+
+@lru_cache
+def normalize_kernel(eps: float) -> Any:
+    return mx.fast.cuda_kernel(
+        name="ditq_normalize",
+        input_names=["x", "gains", "offsets", "given", "limits", "shifts", "smoothing"],
+        output_names=["codes", "scales"],
+        source=f"constexpr float EPSILON = {float(eps)!r}f;{NORMALIZE}",
+        header=text("tiles") + text("quantize") + text("normalize"),
+        ensure_row_contiguous=False,  # parts of larger arrays are read where they lie
     )
 
 
@@ -169,6 +213,19 @@ def multiply_kernel(variant: Variant) -> Any:
 
 
 @lru_cache
+def added_kernel(variant: Variant) -> Any:
+    return mx.fast.cuda_kernel(
+        name=f"ditq_added_{variant.name}",
+        input_names=[*OPERANDS, "residual", "gates"],
+        output_names=["y"],
+        source=MULTIPLY_ADDED,
+        header=multiply_header(variant),
+        ensure_row_contiguous=False,
+        shared_memory=variant.shared_memory,
+    )
+
+
+@lru_cache
 def gelu_kernel(variant: Variant) -> Any:
     return mx.fast.cuda_kernel(
         name=f"ditq_gelu_{variant.name}",
@@ -188,15 +245,34 @@ def quantize(x: mx.array, grid: InputGrid) -> Codes:
     tiles, scales = quantize_kernel()(
         inputs=[x, *grid.arrays(columns)],
         template=[*grid.flags(), ("T", x.dtype)],
-        output_shapes=[
+        **by_rows(rows, columns),
+    )
+    return Codes(tiles, scales[:rows], columns)
+
+
+def quantize_modulated(x: mx.array, modulation: Modulation, grid: InputGrid) -> Codes:
+    """Codes of the modulated layer norm of (batch, tokens, columns) floats, in one pass."""
+    batch, tokens, columns = x.shape
+    read = map(mx.contiguous, grid.arrays(columns))
+    tiles, scales = normalize_kernel(modulation.eps)(
+        inputs=[x, modulation.scale, modulation.shift, *read],
+        template=[*grid.flags(), ("T", x.dtype), ("HELD", pieces(columns, 32 * CHUNK))],
+        **by_rows(batch * tokens, columns),
+    )
+    return Codes(tiles, scales[: batch * tokens], columns)
+
+
+def by_rows(rows: int, columns: int) -> dict[str, Any]:
+    """How a kernel is started that gives so many rows' codes and scales, a warp a row."""
+    return {
+        "output_shapes": [
             (pieces(rows), pieces(columns), PIECE, PIECE),
             (PIECE * pieces(rows),),
         ],
-        output_dtypes=[mx.int8, mx.float32],
-        grid=(pieces(rows) * (PIECE // ROWS_PER_BLOCK) * QUANTIZE_THREADS, 1, 1),
-        threadgroup=(QUANTIZE_THREADS, 1, 1),
-    )
-    return Codes(tiles, scales[:rows], columns)
+        "output_dtypes": [mx.int8, mx.float32],
+        "grid": (pieces(rows) * (PIECE // ROWS_PER_BLOCK) * QUANTIZE_THREADS, 1, 1),
+        "threadgroup": (QUANTIZE_THREADS, 1, 1),
+    }
 
 
 def weight_tiles(weight: Weight) -> mx.array:
@@ -247,6 +323,17 @@ def following(grid: InputGrid, columns: int) -> Following:
     return Following(table[0] / grid.scales, grid.scales, grid.limits)
 
 
+def narrow_is_faster(rows: int, width: int) -> bool:
+    """Whether a Hopper GPU, whose multiprocessors begin a tile together, is done sooner with tiles
+    of fewer columns: where wide ones leave many without one in the last turn."""
+
+    def turns(variant: Variant) -> int:
+        tiles = pieces(rows) * pieces(width, variant.columns)
+        return pieces(tiles, HOPPER_BLOCKS) * variant.columns
+
+    return NARROW.fits(width) and turns(NARROW) < turns(WGMMA)
+
+
 def launch(variant: Variant, rows: int, width: int) -> dict[str, Any]:
     tiles = pieces(rows) * pieces(width, variant.columns)
     blocks = min(tiles, HOPPER_BLOCKS) if variant.persistent else tiles
@@ -267,6 +354,34 @@ def multiply(
         template=[("T", dtype), ("TILE", variant.columns)],
         output_shapes=[(codes.rows, len(weight_scales))],
         output_dtypes=[dtype],
+        **launch(variant, codes.rows, len(weight_scales)),
+    )[0]
+
+
+def multiply_added(
+    codes: Codes,
+    tiles: mx.array,
+    weight_scales: mx.array,
+    columns: mx.array,
+    residual: mx.array,
+    gate: mx.array,
+    variant: Variant,
+) -> mx.array:
+    """The same times (entries, weight's rows) gates plus a (batch, tokens, weight's rows) residual,
+    whose shape and dtype it has; rounded once."""
+    return added_kernel(variant)(
+        inputs=[
+            codes.tiles,
+            tiles,
+            codes.scales,
+            weight_scales,
+            mx.contiguous(columns),
+            residual,
+            gate,
+        ],
+        template=[("T", residual.dtype), ("TILE", variant.columns)],
+        output_shapes=[residual.shape],
+        output_dtypes=[residual.dtype],
         **launch(variant, codes.rows, len(weight_scales)),
     )[0]
 

@@ -51,6 +51,26 @@ class InputGrid:
         ]
 
 
+@dataclass(frozen=True)
+class Modulation:
+    """A layer norm without weights, times 1 + scale, plus shift, each (entries, columns): one
+    vector, or one for each row of the batch."""
+
+    scale: mx.array
+    shift: mx.array
+    eps: float
+
+    def fits(self, x: mx.array) -> bool:
+        """Whether a kernel can read it beside x, which is (batch, tokens, columns)."""
+        return is_per_entry(self.scale, x) and is_per_entry(self.shift, x)
+
+
+def is_per_entry(vectors: mx.array, x: mx.array) -> bool:
+    """Whether these are one vector for all or for each entry of the batch, in the dtype of x."""
+    shapes = [(entries, x.shape[-1]) for entries in (1, len(x))]
+    return x.ndim == 3 and x.size > 0 and vectors.shape in shapes and vectors.dtype == x.dtype
+
+
 @runtime_checkable
 class Fusing(Protocol):
     """Quantizes inputs, and ends products with the scales, the bias and the cast."""
@@ -90,6 +110,30 @@ class Chaining(Fusing, Protocol):
         columns: mx.array | None = None,
     ) -> Any:
         """Codes of GELU (its tanh form) of the product, for the next one."""
+
+
+@runtime_checkable
+class Normalizing(Fusing, Protocol):
+    """Begins with the modulated layer norm, so that what comes between is never written."""
+
+    def quantize_modulated(self, x: mx.array, modulation: Modulation, grid: InputGrid) -> Any:
+        """Codes of what the modulation, which fits, makes of (batch, tokens, columns) floats."""
+
+
+@runtime_checkable
+class Adding(Fusing, Protocol):
+    """Ends a product with a gate and the residual."""
+
+    def product_added(
+        self,
+        codes: Any,
+        operand: dict[str, Any],
+        residual: mx.array,
+        gate: mx.array,
+        columns: mx.array | None = None,
+    ) -> mx.array:
+        """(batch, tokens, outputs) residual + gate · product, of (1 or batch, outputs) gates, in
+        the residual's dtype, which is the gates' too."""
 
 
 def multiply_codes(

@@ -1,10 +1,15 @@
-"""Layers timed under each kernel, at several numbers of rows: what kernels are chosen by."""
+"""Layers timed under each kernel, at several numbers of rows: what kernels are chosen by.
+
+What MLX compiles at a first call is no part of a measurement: its products of packed weights and
+every compiled function take seconds each, once a machine.
+"""
 
 from __future__ import annotations
 
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
 
@@ -14,24 +19,67 @@ import numpy as np
 
 from ..backends import named
 from ..backends.fusing import Fusing
-from ..backends.tuning import Point, table_of
+from ..backends.tuning import Point, best, table_of
 from ..models.load import default_dtype
 from ..models.pipeline import compiling_is_faster
 from ..quant.artifacts import LayerConfig
 from ..quant.linear import QuantizedLinear, Runtime
-from .timing import in_turns, refusal_of
+from .timing import in_turns, refusal_of, seconds_of
 
 GRID = LayerConfig([8], [0.05])
 SHORTEST = 2e-3  # seconds that are timed at once
 MOST_CALLS = 50
 MOST_BYTES = 2**28  # of outputs that are there at once
-TOO_SLOW = 8  # times the fastest; such a kernel is not measured with more rows
-FEW = 8  # rows, below which none is left out
+PROBE = 32  # rows at which it is seen how long more of them would take
+TOO_SLOW = 8  # times the fastest; such a kernel is left out where it would take long
+LONGEST = 4  # times the seconds of measuring, after which nothing more is begun or compiled
 
 Call = Callable[[], mx.array]
 Layer = Callable[[mx.array], mx.array]
 Say = Callable[[str], object]
 Made = TypeVar("Made")
+
+
+@dataclass
+class Budget:
+    """Seconds that may be spent on measuring; what is compiled counts only towards LONGEST."""
+
+    seconds: float
+    spent: float = 0.0
+    begun: float = field(default_factory=time.monotonic)
+
+    def is_over(self) -> bool:
+        return max(self.spent, (time.monotonic() - self.begun) / LONGEST) > self.seconds
+
+    def counted(self, call: Callable[[], Made]) -> Made:
+        start = time.monotonic()
+        try:
+            return call()
+        finally:
+            self.spent += time.monotonic() - start
+
+
+@dataclass
+class Subject:
+    """A shape's layers by kernel, how long each takes at PROBE rows, and what was measured."""
+
+    shape: tuple[int, int]
+    layers: dict[str, Layer]
+    pace: dict[str, float]
+    fastest: dict[int, str] = field(default_factory=dict)  # by number of rows
+
+    def names(self, count: int, most: float) -> list[str]:
+        """The kernels to measure with so many rows: without those far behind that would take more
+        than `most` seconds a call."""
+        times = {n: self.pace[n] * max(1.0, count / PROBE) for n in self.layers}
+        least = min(times.values(), default=0.0)
+        return [n for n, t in times.items() if t <= max(most, TOO_SLOW * least)]
+
+    def reach(self, rows: Sequence[int], most: float) -> list[int]:
+        """As many rows as take no more than that, and the fewest whatever they take."""
+        slowest = [max((self.pace[n] for n in self.names(r, most)), default=0.0) for r in rows]
+        times = [pace * max(1.0, r / PROBE) for r, pace in zip(rows, slowest, strict=True)]
+        return [r for r, t in zip(rows, times, strict=True) if t <= most or r == rows[0]]
 
 
 def measured(
@@ -42,24 +90,76 @@ def measured(
     seconds: float,
     say: Say,
 ) -> Iterator[Point]:
-    """A point a shape and number of rows; the first of each shape whatever time it takes. A kernel
-    that MLX refuses is left out of its shape from there on, and `say` is told."""
-    end = time.monotonic() + seconds
-    layers = {shape: layers_of(names, *shape, say) for shape in shapes}
-    for count in rows:
-        for (N, K), calls in layers.items():
-            if not calls or (count > rows[0] and time.monotonic() > end):
+    """A point a shape and number of rows, which rise: the most rows of each shape first, shapes in
+    their order, then those that tell most (`next_rows`). The first of each shape whatever time it
+    takes. `say` is told, once, of a kernel that MLX refuses."""
+    budget, say = Budget(seconds), once(say)
+    most = seconds / (2 * len(shapes) * (rounds + 2))  # a size takes a part of what there is
+    subjects: dict[tuple[int, int], Subject] = {}
+    left = list(dict.fromkeys(shapes))
+    while left:
+        for shape in list(left):
+            if shape not in subjects:
+                subjects[shape] = subject_of(names, shape, rows[-1], say)
+            subject = subjects[shape]
+            count = next_rows(subject.fastest, subject.reach(rows, most))
+            if count is None or not subject.layers or (subject.fastest and budget.is_over()):
+                left.remove(shape)
                 continue
-            x = mx.random.normal((1, count, K), key=mx.random.key(0)).astype(default_dtype())
-            mx.eval(x)
-            bound = {name: lambda call=call, x=x: call(x) for name, call in calls.items()}
-            found = times_of(bound, count * N, rounds, say)
-            fastest = min(found.values(), default=math.inf)
-            for name in bound:
-                if name not in found or (count >= FEW and found[name] > TOO_SLOW * fastest):
-                    del calls[name]
+            calls = calls_of(subject, subject.names(count, most), count)
+            found = times_of(calls, count * shape[0], rounds, budget, say)
+            subject.fastest[count] = best([found], list(found)) if found else ""
             if found:
-                yield Point(count, N, K, found)
+                yield Point(count, *shape, found)
+
+
+def once(say: Say) -> Say:
+    """Says nothing twice."""
+    said: set[str] = set()
+
+    def say_new(line: str) -> None:
+        if line not in said:
+            said.add(line)
+            say(line)
+
+    return say_new
+
+
+def next_rows(fastest: Mapping[int, str], rows: Sequence[int]) -> int | None:
+    """What to measure where the fastest of some numbers of rows is known: the most rows, the
+    fewest, then what halves a span within which another becomes the fastest, then the widest."""
+    for end in (rows[-1], rows[0]):
+        if end not in fastest:
+            return end
+    known = [place for place, count in enumerate(rows) if count in fastest]
+    spans = [(low, high) for low, high in zip(known, known[1:], strict=False) if high - low > 1]
+    if not spans:
+        return None
+
+    def tells(span: tuple[int, int]) -> tuple[bool, int, int]:
+        low, high = span
+        return fastest[rows[low]] != fastest[rows[high]], high - low, high
+
+    return rows[sum(max(spans, key=tells)) // 2]
+
+
+def subject_of(names: Sequence[str], shape: tuple[int, int], rows: int, say: Say) -> Subject:
+    """Made and run twice: the first call compiles, the second shows its pace."""
+    subject = Subject(shape, layers_of(names, *shape, say), {})
+    calls = calls_of(subject, list(subject.layers), min(PROBE, rows))
+    ready = those_that_run({n: partial(begun, call) for n, call in calls.items()}, say)
+    paces = {name: seconds_of(call)() for name, call in ready.items()}
+    slowest = max(paces.values(), default=0.0)  # of one that was refused nothing is known
+    subject.pace |= dict.fromkeys(subject.layers, slowest) | paces
+    return subject
+
+
+def calls_of(subject: Subject, names: Sequence[str], count: int) -> dict[str, Call]:
+    """Of these kernels, with an input of so many rows."""
+    x = mx.random.normal((1, count, subject.shape[1]), key=mx.random.key(0))
+    x = x.astype(default_dtype())
+    mx.eval(x)
+    return {name: partial(subject.layers[name], x) for name in names}
 
 
 def layers_of(names: Sequence[str], N: int, K: int, say: Say) -> dict[str, Layer]:
@@ -81,11 +181,21 @@ def layer_of(linear: nn.Linear, name: str) -> Layer | None:
     return mx.compile(layer, inputs=layer.state) if compiling_is_faster() else layer
 
 
-def times_of(calls: Mapping[str, Call], outputs: int, rounds: int, say: Say) -> dict[str, float]:
+def times_of(
+    calls: Mapping[str, Call], outputs: int, rounds: int, budget: Budget, say: Say
+) -> dict[str, float]:
     """Median seconds of each that runs, in turns; short ones are queued, many at once."""
-    begun = {name: partial(repeated, call, outputs) for name, call in calls.items()}
-    found = in_turns(those_that_run(begun, say), rounds)
+    ready = those_that_run({name: partial(begun, call) for name, call in calls.items()}, say)
+    found = budget.counted(
+        lambda: in_turns({n: repeated(call, outputs) for n, call in ready.items()}, rounds)
+    )
     return {name: float(np.median(values)) for name, values in found.items()}
+
+
+def begun(call: Call) -> Call:
+    """The call, after a first one, which compiles."""
+    mx.eval(call())
+    return call
 
 
 def those_that_run(calls: Mapping[str, Callable[[], Made]], say: Say) -> dict[str, Made]:
@@ -99,17 +209,14 @@ def those_that_run(calls: Mapping[str, Callable[[], Made]], say: Say) -> dict[st
 
 
 def repeated(call: Call, outputs: int) -> Callable[[], float]:
-    """Seconds of one of as many calls as take long enough to be timed; the first ones compile."""
-    mx.eval(call())
-    start = time.perf_counter()
-    mx.eval(call())
-    wanted = math.ceil(SHORTEST / max(time.perf_counter() - start, 1e-9))
+    """Seconds of one of as many calls as take long enough to be timed."""
+    wanted = math.ceil(SHORTEST / max(seconds_of(call)(), 1e-9))
     count = max(1, min(wanted, MOST_CALLS, MOST_BYTES // (4 * outputs)))
 
     def timed() -> float:
-        begun = time.perf_counter()
+        start = time.perf_counter()
         mx.eval([call() for _ in range(count)])
-        return (time.perf_counter() - begun) / count
+        return (time.perf_counter() - start) / count
 
     return timed
 

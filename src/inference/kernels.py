@@ -8,11 +8,11 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
 from ..models.configs import MMDiTConfig
-from ..models.mmdit import MMDiT
+from ..models.mmdit import NORM_EPS, MMDiT, modulate
 from ..models.paths import BLOCKS
 from ..models.pipeline import Defaults
 from ..quant.fused import Fused
-from ..quant.joined import JoinedFeedForward, JoinedProjections
+from ..quant.joined import JoinedFeedForward, JoinedProjections, Norm
 from ..sampling import uses_guidance
 
 SIDE = 8  # pixels of a picture to one of the latent
@@ -30,7 +30,7 @@ def rows_of(config: MMDiTConfig, defaults: Defaults) -> Callable[[str], int]:
 
 
 def join(model: MMDiT) -> list[str]:
-    """Lets quantized layers share work, where a backend fuses; the paths of what was replaced."""
+    """Lets quantized layers share what they can; the paths of what was replaced."""
     found: dict[str, nn.Module] = {}
     for index, block in enumerate(model[BLOCKS]):
         for stream, module in block.children().items():
@@ -42,16 +42,21 @@ def join(model: MMDiT) -> list[str]:
 
 def joined_parts(stream: nn.Module, gelu_is_tanh: bool) -> dict[str, nn.Module]:
     """By name, what is to take the place of a stream's attentions and MLP."""
+    norm = Norm(modulate, NORM_EPS)
     found: dict[str, nn.Module] = {
-        name: JoinedProjections(stream[name])
+        name: JoinedProjections(stream[name], norm)
         for name in ATTENTIONS
-        if name in stream and fuses(stream[name].q_proj)
+        if name in stream and shares(stream[name].q_proj)
     }
     if gelu_is_tanh and "mlp" in stream and fuses(stream.mlp.fc1) and fuses(stream.mlp.fc2):
         mlp = stream.mlp
-        found["mlp"] = JoinedFeedForward(mlp.fc1, mlp.fc2, mlp._activation)
+        found["mlp"] = JoinedFeedForward(mlp.fc1, mlp.fc2, mlp._activation, norm)
     return found
 
 
 def fuses(layer: nn.Module) -> bool:
     return isinstance(layer, Fused) and layer.fuses
+
+
+def shares(layer: nn.Module) -> bool:
+    return isinstance(layer, Fused) and layer.shares

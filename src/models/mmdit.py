@@ -107,6 +107,16 @@ class Attention(nn.Module):
         """q, k and v, heads side by side."""
         return self.q_proj(x), self.k_proj(x), self.v_proj(x)
 
+    def project_modulated(
+        self, x: mx.array, shift: mx.array, scale: mx.array
+    ) -> tuple[mx.array, mx.array, mx.array]:
+        """The same of tokens before their modulation."""
+        return self.project(modulate(x, shift, scale))
+
+    def add_output(self, x: mx.array, attended: mx.array, gate: mx.array) -> mx.array:
+        """x with the gated output projection added; a gate per sample and channel."""
+        return x + self.o_proj(attended) * gate[:, None]
+
 
 class QKNorm(nn.Module):
     """RMS norm of q and k within each head (SD3.5)."""
@@ -126,6 +136,12 @@ class FeedForward(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         return self.fc2(self._activation(self.fc1(x)))
+
+    def add_modulated(
+        self, x: mx.array, shift: mx.array, scale: mx.array, gate: mx.array
+    ) -> mx.array:
+        """x with the gated output for modulated x added."""
+        return x + self(modulate(x, shift, scale)) * gate[:, None]
 
 
 class Modulation(nn.Module):
@@ -173,12 +189,12 @@ class StreamBlock(nn.Module):
         self.adaLN_modulation = Modulation(config, 2 if last else 9 if dual else 6)
 
     def project(
-        self, x: mx.array, attention: Attention, norm: QKNorm | None
+        self, x: mx.array, parts: list[mx.array], attention: Attention, norm: QKNorm | None
     ) -> tuple[mx.array, mx.array, mx.array]:
-        """q, k and v, (batch, heads, tokens, head_dim) each."""
+        """q, k and v under a shift and a scale, (batch, heads, tokens, head_dim) each."""
         q, k, v = (
             mx.unflatten(projected, -1, (self._heads, -1)).transpose(0, 2, 1, 3)
-            for projected in attention.project(x)
+            for projected in attention.project_modulated(x, *parts)
         )
         return (q, k, v) if norm is None else (norm.q_norm(q), norm.k_norm(k), v)
 
@@ -186,20 +202,20 @@ class StreamBlock(nn.Module):
         self, x: mx.array, parts: list[mx.array]
     ) -> tuple[tuple[mx.array, mx.array, mx.array], mx.array | None]:
         """q, k, v for the joint attention, and what the second attention found, if there is one."""
-        qkv = self.project(modulate(x, *parts[:2]), self.attn, self.get("qk_norm"))
+        qkv = self.project(x, parts[:2], self.attn, self.get("qk_norm"))
         if "attn2" not in self:
             return qkv, None
-        inner = self.project(modulate(x, *parts[6:8]), self.attn2, self.get("qk_norm2"))
-        return qkv, self.attn2.o_proj(self._attend(*inner)) * parts[8][:, None]
+        inner = self.project(x, parts[6:8], self.attn2, self.get("qk_norm2"))
+        return qkv, self._attend(*inner)
 
     def after(
         self, x: mx.array, attended: mx.array, inner: mx.array | None, parts: list[mx.array]
     ) -> mx.array:
         """The stream's tokens after attention and MLP."""
-        x = x + self.attn.o_proj(attended) * parts[2][:, None]
+        x = self.attn.add_output(x, attended, parts[2])
         if inner is not None:
-            x = x + inner
-        return x + self.mlp(modulate(x, *parts[3:5])) * parts[5][:, None]
+            x = self.attn2.add_output(x, inner, parts[8])
+        return self.mlp.add_modulated(x, *parts[3:6])
 
 
 class JointBlock(nn.Module):

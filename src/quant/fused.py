@@ -1,7 +1,8 @@
 """The part of a quantized linear that its backend does by itself: codes, bias and cast.
 
 A backend that fuses (backends/fusing.py) is given the grid instead of codes, and ends its product
-with the bias of the step; one that chains ends it with GELU and the next layer's codes.
+with the bias of the step; one that chains ends it with GELU and the next layer's codes, one that
+adds with a gate and the residual; one that normalizes begins with the modulated layer norm.
 """
 
 from __future__ import annotations
@@ -14,7 +15,15 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from ..backends.fusing import Chaining, Fusing, InputGrid
+from ..backends.fusing import (
+    Adding,
+    Chaining,
+    Fusing,
+    InputGrid,
+    Modulation,
+    Normalizing,
+    is_per_entry,
+)
 
 
 class Fused:
@@ -28,13 +37,20 @@ class Fused:
             and isinstance(self._backend, Fusing)
             and self._backend.fuses(self._operand)
         )
+        self._normalizes = self._fuses and isinstance(self._backend, Normalizing)
+        self._adds = self._fuses and isinstance(self._backend, Adding)
         self._tables = self.tables() if self._fuses else {}
-        self._input_key = self.input_key() if self._fuses else ""
+        self._input_key = self.input_key() if self.shares else ""
 
     @property
     def fuses(self) -> bool:
-        """Whether the backend quantizes the input and adds the bias: `codes` and `of_codes`."""
+        """Whether the backend quantizes the input and adds the bias."""
         return self._fuses
+
+    @property
+    def shares(self) -> bool:
+        """Whether there are codes that other layers may read: all that is quantized has them."""
+        return self._quantizes
 
     def tables(self) -> dict[str, mx.array]:
         """What the backend reads of the biases, and of the input where it lies behind a layer."""
@@ -51,20 +67,37 @@ class Fused:
         """The same for layers to which the same input is the same codes."""
         read = (self.get(name) for name in ("a_scale", "a_bits", "shift", "smoothing"))
         parts = [b"" if array is None else np.array(array).tobytes() for array in read]
-        which = f"{self._backend.name} {id(self._step)} {self._per_token} {[*map(len, parts)]}"
+        by = self._backend.name if self._fuses else f"no backend, {self._coarse}"
+        which = f"{by} {id(self._step)} {self._per_token} {[*map(len, parts)]}"
         return hashlib.sha256(which.encode() + b"".join(parts)).hexdigest()
 
     def codes(self, x: mx.array) -> Any:
         """x̂ as the backend has it, also for other layers that `read_alike`."""
-        scale, limit = self._step.grid(self._number, x.ndim)
-        shift = self._step.vector(self.shift, x.ndim) if "shift" in self else None
+        if not self._fuses:
+            return self.plain_codes(x)
+        return self._backend.quantize(x, self.input_grid(x.ndim))
+
+    def input_grid(self, ndim: int) -> InputGrid:
+        """Of here, for an input of that many dimensions."""
+        scale, limit = self._step.grid(self._number, ndim)
+        shift = self._step.vector(self.shift, ndim) if "shift" in self else None
         smoothing, per_token = self.get("smoothing"), self._per_token
-        grid = InputGrid(scale.reshape(-1), limit.reshape(-1), shift, smoothing, per_token)
-        return self._backend.quantize(x, grid)
+        return InputGrid(scale.reshape(-1), limit.reshape(-1), shift, smoothing, per_token)
+
+    def normalizes(self, x: mx.array, modulation: Modulation) -> bool:
+        """Whether the backend makes codes of (batch, tokens, columns) that are not yet modulated;
+        a low-rank branch wants them modulated."""
+        return self._normalizes and "low_rank_up" not in self and modulation.fits(x)
+
+    def codes_of_modulated(self, x: mx.array, modulation: Modulation) -> Any:
+        """`codes` of what the modulation makes of x."""
+        return self._backend.quantize_modulated(x, modulation, self.input_grid(x.ndim))
 
     def of_codes(self, x: mx.array, codes: Any) -> mx.array:
         """The output for x, whose codes are known. Without a low-rank branch nothing but the
         tokens' shape and the dtype of x counts."""
+        if not self._fuses:
+            return self.of_plain_codes(x, codes)
         more, mixed = "low_rank_up" in self, self.mixes_biases()
         dtype = mx.float32 if more or mixed else x.dtype
         y = self._backend.product(codes, self._operand, dtype, self.bias_row())
@@ -74,6 +107,17 @@ class Fused:
         if mixed:
             y = y + self.bias_here(x.ndim)
         return y.astype(x.dtype)
+
+    def adds_to(self, x: mx.array, gate: mx.array) -> bool:
+        """Whether the product can end with x + gate · output, both (batch, tokens, outputs)."""
+        plain = "low_rank_up" not in self and not self.mixes_biases()
+        return self._adds and plain and is_per_entry(gate, x)
+
+    def added(self, x: mx.array, codes: Any, gate: mx.array) -> mx.array:
+        """x + gate · the output for these codes, a gate for each entry of the batch."""
+        if self.adds_to(x, gate):
+            return self._backend.product_added(codes, self._operand, x, gate, self.bias_row())
+        return x + self.of_codes(x, codes) * gate[:, None]
 
     def mixes_biases(self) -> bool:
         """Whether the batch's rows may be at different steps, with biases of their own."""
@@ -98,14 +142,19 @@ class Fused:
             and not any("low_rank_up" in layer for layer in (self, other))
         )
 
-    def codes_behind(self, x: mx.array, other: Fused) -> Any:
-        """The other layer's codes of GELU (its tanh form) of this layer's output for x."""
+    def codes_behind(self, codes: Any, other: Fused) -> Any:
+        """The other layer's codes of GELU (its tanh form) of this layer's output for its codes."""
         row = other._step.vector(other._tables["input"], 2).reshape(-1)
         following = self._backend.following(row, *other._step.grid(other._number, 1))
-        return self._backend.product_gelu(self.codes(x), self._operand, following, self.bias_row())
+        return self._backend.product_gelu(codes, self._operand, following, self.bias_row())
 
 
 def read_alike(layers: Sequence[nn.Module]) -> bool:
     """Whether the first one's `codes` of an input are those of all the layers."""
-    fused = [layer for layer in layers if isinstance(layer, Fused) and layer.fuses]
-    return len(fused) == len(layers) and len({layer._input_key for layer in fused}) == 1
+    shared = [layer for layer in layers if isinstance(layer, Fused) and layer.shares]
+    return len(shared) == len(layers) and len({layer._input_key for layer in shared}) == 1
+
+
+def modulate_alike(layers: Sequence[nn.Module], x: mx.array, modulation: Modulation) -> bool:
+    """Whether the first one's `codes_of_modulated` are the codes of all the layers."""
+    return read_alike(layers) and all(layer.normalizes(x, modulation) for layer in layers)

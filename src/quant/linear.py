@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -46,6 +46,14 @@ class Runtime:
     def __post_init__(self) -> None:
         if self.a_scale not in A_SCALES:
             raise UserError(f"unknown --a-scale {self.a_scale!r}; valid: {', '.join(A_SCALES)}")
+
+
+class PlainCodes(NamedTuple):
+    """An input as backends multiply it that do not quantize by themselves."""
+
+    codes: mx.array  # or floats
+    factor: mx.array | None  # what one of them is worth
+    centred: mx.array  # the input itself, shifted and smoothed
 
 
 class QuantizedLinear(Fused, nn.Module):
@@ -246,15 +254,20 @@ class QuantizedLinear(Fused, nn.Module):
             return self(x[None])[0]
         if x.size == 0:
             return mx.zeros((*x.shape[:-1], len(self.weight)), dtype=x.dtype)
-        if self._fuses:
-            return self.of_codes(x, self.codes(x))
-        centred, factor = self.centred(x), None
-        codes = centred
-        if self._quantizes:
-            codes, factor = self.quantized(centred)
-        y = self.multiply(codes, factor)
+        return self.of_codes(x, self.codes(x))
+
+    def plain_codes(self, x: mx.array) -> PlainCodes:
+        """What `quantized` makes of the input, or the input itself where it stays in floats."""
+        centred = self.centred(x)
+        return PlainCodes(
+            *(self.quantized(centred) if self._quantizes else (centred, None)), centred
+        )
+
+    def of_plain_codes(self, x: mx.array, found: PlainCodes) -> mx.array:
+        """The output for x, whose codes these are."""
+        y = self.multiply(found.codes, found.factor)
         if "low_rank_up" in self:
-            y = y + self.low_rank(centred, x.dtype)
+            y = y + self.low_rank(found.centred, x.dtype)
         if "bias" in self:
             y = y + self.bias_here(x.ndim)
         return y.astype(x.dtype)

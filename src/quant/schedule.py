@@ -146,7 +146,7 @@ class Step:
     def vector(self, vectors: mx.array, ndim: int) -> mx.array:
         """Of (steps, channels) vectors the one of here, linear between steps; of one, that one."""
         if len(vectors) == 1:
-            return vectors[0]
+            return vectors.squeeze(0)
         low = self.place // 2
         high = mx.minimum(low + 1, len(vectors) - 1)
         here = vectors[low] + self.part[:, None] * (vectors[high] - vectors[low])

@@ -82,9 +82,10 @@ __device__ __forceinline__ void multiply(
     multiply_stage(sums, stages + k % STAGES * STAGE_BYTES, first_row, first_column);
   }
   const int row = row_tile * PIECE + first_row + threadIdx.x % 32 / 4;
+  const int column = column_tile * PIECE + first_column;
 #pragma unroll
   for (int i = 0; i < 4; i++)
-    finish(sums[i], row + 16 * i, column_tile * PIECE + first_column);
+    finish(sums[i], row + 16 * i, column, finish.load(row + 16 * i, column));
 }
 
 } // namespace ditq

@@ -1,12 +1,13 @@
-// Hopper (sm_90a): tiles of 128 rows by 256 columns through wgmma. One warpgroup fetches pieces by
-// bulk copies, two multiply 64 rows each; every block works through several tiles. `wgmma_256` is
-// generated. The launch bound, which setmaxnreg needs, is put on MLX's generated function below.
+// Hopper (sm_90a): tiles of 128 rows by WIDE columns through wgmma. One warpgroup fetches pieces by
+// bulk copies, two multiply 64 rows each; every block works through several tiles. `wgmma` and
+// WIDE, a multiple of 64, are generated. The launch bound, which setmaxnreg needs, is put on MLX's
+// generated function below.
 
 namespace ditq {
 
 constexpr int STAGES = 4;
 constexpr int CONSUMERS = 2;
-constexpr int WIDE = 256;
+constexpr int HALF_BYTES = PIECE_BYTES / 2; // 64 rows, within which no chunk is swapped further
 constexpr int STAGE_BYTES = PIECE_BYTES + WIDE * PIECE;
 
 __device__ __forceinline__ void barrier_init(unsigned barrier, int count) {
@@ -25,10 +26,22 @@ __device__ __forceinline__ void barrier_wait(unsigned barrier, int parity) {
                "@!done bra again;\n}" ::"r"(barrier), "r"(parity) : "memory");
 }
 __device__ __forceinline__ void fetch_piece(
-    unsigned to, const signed char* from, unsigned barrier) {
+    unsigned to, const signed char* from, int bytes, unsigned barrier) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes "
                "[%0], [%1], %2, [%3];"
-               ::"r"(to), "l"(from), "r"(PIECE_BYTES), "r"(barrier) : "memory");
+               ::"r"(to), "l"(from), "r"(bytes), "r"(barrier) : "memory");
+}
+
+// WIDE columns from column 64 `half` on: whole pieces where the tiles begin with one, else halves.
+__device__ __forceinline__ void fetch_columns(
+    unsigned to, const signed char* b, int half, int depth, int k, unsigned barrier) {
+  constexpr int STEP = WIDE % PIECE ? 1 : 2;
+#pragma unroll
+  for (int i = 0; i < WIDE / 64; i += STEP) {
+    const size_t piece = size_t((half + i) / 2) * depth + k;
+    fetch_piece(to + i * HALF_BYTES, b + piece * PIECE_BYTES + (half + i) % 2 * HALF_BYTES,
+                STEP * HALF_BYTES, barrier);
+  }
 }
 
 // wgmma's view of rows of 128 bytes, swizzled, eight rows 1024 bytes apart.
@@ -49,7 +62,7 @@ struct Ring {
   }
 };
 
-// a: (row_tiles, depth) pieces, b: (2 column_tiles, depth) pieces.
+// a: (row_tiles, depth) pieces, b: (columns / 128, depth) pieces; a tile takes WIDE columns of b.
 template <class Finish>
 __device__ __forceinline__ void multiply(
     const signed char* a, const signed char* b, int row_tiles, int column_tiles, int depth,
@@ -81,37 +94,40 @@ __device__ __forceinline__ void multiply(
         asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
         for (int part = 0; part < 4; part++) // of 32 codes: 32 bytes, 2 in the descriptor's unit
-          wgmma_256(sums, rows + 2 * part, columns + 2 * part, (k | part) != 0);
+          wgmma(sums, rows + 2 * part, columns + 2 * part, (k | part) != 0);
         asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
         asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
         if (used >= 0 && thread % 128 == 0) barrier_arrive(shared_address(&empty[used]));
         used = ring.stage;
         ring.advance();
       }
+      const int row = tile / column_tiles * PIECE + group * 64 + warp * 16 + lane / 4;
+      const int column = tile % column_tiles * WIDE;
+      typename Finish::Ahead ahead = finish.load(row, column);
       keep_in_place(sums);
       asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
       keep_in_place(sums);
       if (thread % 128 == 0) barrier_arrive(shared_address(&empty[used]));
-      const int row = tile / column_tiles * PIECE + group * 64 + warp * 16 + lane / 4;
-      const int column = tile % column_tiles * WIDE;
 #pragma unroll
-      for (int piece = 0; piece < WIDE / 32; piece++)
-        finish(sums + 16 * piece, row, column + 32 * piece);
+      for (int piece = 0; piece < WIDE / 32; piece++) {
+        const typename Finish::Ahead here = ahead;
+        if (piece + 1 < WIDE / 32) ahead = finish.load(row, column + 32 * (piece + 1));
+        finish(sums + 16 * piece, row, column + 32 * piece, here);
+      }
     }
   } else {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
     if (thread != CONSUMERS * 128) return;
     for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
       const signed char* rows = a + size_t(tile / column_tiles) * depth * PIECE_BYTES;
-      const signed char* columns = b + size_t(tile % column_tiles) * 2 * depth * PIECE_BYTES;
+      const int half = tile % column_tiles * (WIDE / 64);
       for (int k = 0; k < depth; k++) {
         barrier_wait(shared_address(&empty[ring.stage]), ring.parity ^ 1);
         const unsigned barrier = shared_address(&full[ring.stage]);
         const unsigned here = stages + ring.stage * STAGE_BYTES;
         barrier_expect(barrier, STAGE_BYTES);
-        fetch_piece(here, rows + size_t(k) * PIECE_BYTES, barrier);
-        fetch_piece(here + PIECE_BYTES, columns + size_t(k) * PIECE_BYTES, barrier);
-        fetch_piece(here + 2 * PIECE_BYTES, columns + size_t(depth + k) * PIECE_BYTES, barrier);
+        fetch_piece(here, rows + size_t(k) * PIECE_BYTES, PIECE_BYTES, barrier);
+        fetch_columns(here + PIECE_BYTES, b, half, depth, k, barrier);
         ring.advance();
       }
     }

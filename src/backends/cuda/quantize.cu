@@ -81,6 +81,25 @@ __device__ __forceinline__ uint4 codes_of(
   return make_uint4(word[0], word[1], word[2], word[3]);
 }
 
+// What lies below the last row.
+__device__ __forceinline__ void write_zeros(
+    signed char* codes, float* scales, int row, int depth_pieces) {
+  const int lane = threadIdx.x % 32;
+  for (int c = lane; c < depth_pieces * (PIECE / CHUNK); c += 32)
+    *reinterpret_cast<uint4*>(codes + chunk_place(row, c, depth_pieces)) = make_uint4(0, 0, 0, 0);
+  if (lane == 0) scales[row] = 0.0f;
+}
+
+__device__ __forceinline__ float largest_of_warp(float v) {
+#pragma unroll
+  for (int step = 16; step; step /= 2) v = fmaxf(v, __shfl_xor_sync(~0u, v, step));
+  return v;
+}
+
+__device__ __forceinline__ float scale_of_token(float largest, float limit) {
+  return fmaxf(__fdiv_rn(largest, limit), 1e-12f);
+}
+
 // Entry e of `given` scales, `limits` and `shifts` (1 or entries, columns) holds for rows / entries
 // rows. TOKEN: the scale is the row's own largest value over the limit instead. A row with a NaN in
 // it (TOKEN: or infinity) gets the scale NaN; rows beyond the last get zeros.
@@ -94,9 +113,7 @@ __device__ __forceinline__ void quantize_rows(
   const int row = blockIdx.x * ROWS_PER_BLOCK + threadIdx.x / 32;
   const int depth_pieces = (columns + PIECE - 1) / PIECE, chunks = depth_pieces * (PIECE / CHUNK);
   if (row >= rows) {
-    for (int c = lane; c < chunks; c += 32)
-      *reinterpret_cast<uint4*>(codes + chunk_place(row, c, depth_pieces)) = make_uint4(0, 0, 0, 0);
-    if (lane == 0) scales[row] = 0.0f;
+    write_zeros(codes, scales, row, depth_pieces);
     return;
   }
   const T* line = x + size_t(row) * columns;
@@ -117,10 +134,7 @@ __device__ __forceinline__ void quantize_rows(
         largest = fmaxf(largest, size);
       }
     }
-#pragma unroll
-    for (int step = 16; step; step /= 2)
-      largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, step));
-    grid.scale = fmaxf(__fdiv_rn(largest, grid.limit), 1e-12f);
+    grid.scale = scale_of_token(largest_of_warp(largest), grid.limit);
   }
   grid.inverse = __frcp_rn(grid.scale);
   broken |= !(grid.inverse < infinity); // of a scale too small to divide by

@@ -15,6 +15,24 @@ __device__ __forceinline__ size_t chunk_place(int row, int chunk, int depth_piec
   return piece * PIECE_BYTES + within * PIECE + ((chunk % 8) ^ (within % 8)) * CHUNK;
 }
 
+// Rows of numbers wherever they lie: `rows` of them, one below the other, belong to an entry of the
+// batch. A vector an entry is rows that are `row` = 0 numbers apart.
+template <class T>
+struct Lines {
+  const T* first;
+  long long entry, row, column; // numbers from one to the next
+  int rows;
+
+  __device__ __forceinline__ const T* at(int r) const {
+    return first + (r / rows) * entry + (r % rows) * row;
+  }
+
+  // Whether every eight numbers lie side by side and can be read at once.
+  __device__ __forceinline__ bool in_words() const {
+    return column == 1 && entry % 8 == 0 && row % 8 == 0 && size_t(first) % 16 == 0;
+  }
+};
+
 __device__ __forceinline__ unsigned shared_address(const void* place) {
   return unsigned(__cvta_generic_to_shared(place));
 }
