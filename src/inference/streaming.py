@@ -154,7 +154,9 @@ class BlockStream:
     def run(self, index: int, block: Block, *inputs: mx.array) -> tuple[mx.array, mx.array | None]:
         """The block's outputs, computed; meanwhile the next one is read."""
         if index in self._dtypes:
-            self.read(index)  # the first of a picture; the others are on their way
+            # On their way, but for the first of a picture. What computes must not wait for them by
+            # itself: on a GPU memory may be had only when nothing runs there, and both would wait.
+            mx.eval(self._blocks[index].parameters())
         outputs = self.compiled(index, block)(*inputs)
         mx.async_eval(*(out for out in outputs if out is not None))
         self.read(self.next_moving(index))
