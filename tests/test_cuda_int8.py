@@ -8,22 +8,27 @@ import sys
 
 from src.backends import BACKENDS, Device, Weight, named
 from src.backends import cuda_int8_kernels as kernels
-from src.backends.cuda_int8 import CudaInt8, refusal, status, suited, usable
+from src.backends.cuda_int8 import CudaInt8, refusal, status, suited, usable, variant_of
 from src.backends.cuda_int8_check import (
     ENDING_SCALES,
+    NORM_EPS,
     Case,
     codes_of,
     random_ending,
+    random_modulated,
     random_weight,
     self_test,
     tiled,
     untiled,
     wrong_codes,
     wrong_endings,
+    wrong_modulated,
     wrong_sums,
 )
-from src.backends.cuda_int8_kernels import MMA, WGMMA, InputGrid
+from src.backends.cuda_int8_kernels import MMA, NARROW, WGMMA, InputGrid
+from src.backends.fusing import Modulation
 from src.inference.kernels import join
+from src.models import mmdit
 from src.quant.artifacts import LayerConfig
 from src.quant.int8 import INT8Linear
 from src.quant.linear import QuantizedLinear, Runtime
@@ -42,9 +47,9 @@ from .helpers import ROOT, relative_error
 from .quantized_models import quantized_pipeline
 
 VARIANT = suited(Device.here())
-VARIANTS = [v for v in (WGMMA, MMA) if VARIANT is WGMMA or v is VARIANT]  # Hopper has both
+VARIANTS = [v for v in (WGMMA, NARROW, MMA) if VARIANT is WGMMA or v is VARIANT]  # Hopper has all
 needs_cuda = pytest.mark.skipif(VARIANT is None, reason="no NVIDIA GPU from sm_80 on here")
-on_both = pytest.mark.parametrize("variant", VARIANTS or [MMA], ids=lambda v: v.name)
+on_all = pytest.mark.parametrize("variant", VARIANTS or [MMA], ids=lambda v: v.name)
 LINEARS = {
     "sd3": [(1536, 1536), (6144, 1536), (1536, 6144), (4608, 1536), (9216, 1536)],
     "sd3.5-large": [(2432, 2432), (9728, 2432), (2432, 9728)],
@@ -79,27 +84,48 @@ def test_eight_rows_of_a_column_lie_in_eight_banks_of_sixteen_bytes():
         assert (np.sort(places, axis=1) == np.arange(8)).all()
 
 
-def test_the_hopper_instruction_names_each_of_its_operands_once():
-    source = kernels.wgmma_source()
+@pytest.mark.parametrize("columns", [192, 256])
+def test_the_hopper_instruction_names_each_of_its_operands_once(columns):
+    source, sums = kernels.wgmma_source(columns), columns // 2
     instruction = source[source.index("wgmma.mma_async") :]
-    assert "m64n256k32.s32.s8.s8" in instruction
+    assert f"m64n{columns}k32.s32.s8.s8" in instruction
     named_in_it = re.findall(r"%\d+", instruction[: instruction.index(";")])
-    assert named_in_it == [f"%{i}" for i in range(130)]
-    assert re.findall(r'"\+r"\(sums\[(\d+)\]\)', source) == [str(i) for i in range(128)]
+    assert named_in_it == [f"%{i}" for i in range(sums + 2)]
+    assert re.findall(r'"\+r"\(sums\[(\d+)\]\)', source) == [str(i) for i in range(sums)]
 
 
-@pytest.mark.parametrize("variant", [WGMMA, MMA], ids=lambda v: v.name)
+@given(rows=st.integers(1, 20000), width=st.integers(1, 30000))
+def test_narrow_tiles_are_taken_where_they_are_whole_and_sooner_done(rows, width):
+    rows_of_tiles = -(-rows // 128)
+    turns = [-(-rows_of_tiles * -(-width // c) // 132) * c for c in (192, 256)]
+    assert kernels.narrow_is_faster(rows, width) == (width % 384 == 0 and turns[0] < turns[1])
+
+
+def test_narrow_tiles_are_those_of_a_small_picture():
+    """512 and 1024 pixels of SD3 with guidance, and its text."""
+    found = {(r, n) for r in (2048, 8192) for n in (1536, 6144) if kernels.narrow_is_faster(r, n)}
+    assert found == {(2048, 1536)}
+    weights = {"kernel": WGMMA.name, "narrow": NARROW.name, "scales": mx.ones((1536,))}
+    codes = kernels.Codes(mx.zeros((16, 1, 128, 128), dtype=mx.int8), mx.ones((2048,)), 128)
+    assert variant_of(weights, codes) is NARROW
+    assert variant_of({**weights, "kernel": MMA.name}, codes) is MMA
+    assert variant_of({k: v for k, v in weights.items() if k != "narrow"}, codes) is WGMMA
+
+
+@pytest.mark.parametrize("variant", [WGMMA, NARROW, MMA], ids=lambda v: v.name)
 def test_sources_keep_to_what_mlx_compiles(variant):
     """No standard headers and no clusters; the constants are those that Python counts with."""
-    source = kernels.multiply_header(variant) + kernels.text("quantize")
+    source = kernels.multiply_header(variant) + kernels.text("quantize") + kernels.text("normalize")
     assert "#include" not in source and "__cluster_dims__" not in source
     assert f"__launch_bounds__({variant.threads}" in source
     constants = dict(re.findall(r"constexpr int (\w+) = (\d+);", source))
     assert int(constants["PIECE"]) == kernels.PIECE
+    assert int(constants["CHUNK"]) == kernels.CHUNK
     assert int(constants["ROWS_PER_BLOCK"]) * 32 == kernels.QUANTIZE_THREADS
     stage = kernels.PIECE * (kernels.PIECE + variant.columns)
     assert variant.shared_memory == int(constants["STAGES"]) * stage + 1024
-    assert variant.shared_memory <= (227 if variant is WGMMA else 99) * 1024
+    assert variant.shared_memory <= (99 if variant is MMA else 227) * 1024
+    assert variant is MMA or int(constants["WIDE"]) == variant.columns
     braces = [source.count(pair) for pair in "{}()"]
     assert braces[0] == braces[1] and braces[2] == braces[3]
 
@@ -107,12 +133,12 @@ def test_sources_keep_to_what_mlx_compiles(variant):
 def test_sources_are_installed():
     assert '"ditq.backends" = ["cuda/*.cu"' in (ROOT / "pyproject.toml").read_text()
     files = {path.stem for path in (ROOT / "src" / "backends" / "cuda").iterdir()}
-    assert files == {"tiles", "quantize", "finish", WGMMA.file, MMA.file}
+    assert files == {"tiles", "quantize", "normalize", "finish", WGMMA.file, MMA.file}
 
 
 @given(rows=st.integers(1, 20000), width=st.integers(1, 30000))
 def test_every_tile_has_a_block_that_comes_to_it(rows, width):
-    for variant in (WGMMA, MMA):
+    for variant in (WGMMA, NARROW, MMA):
         start = kernels.launch(variant, rows, width)
         blocks, rest = divmod(start["grid"][0], start["threadgroup"][0])
         tiles = -(-rows // 128) * -(-width // variant.columns)
@@ -226,7 +252,7 @@ def test_numpys_codes_are_those_of_the_quantized_linear(seed, per_token, shifted
 def test_numpys_endings_are_those_of_the_layers():
     """The float16 output with its bias, and the codes behind GELU, of what the kernel is told."""
     case = Case(9, 40, 64, 4)
-    x, weight, bias, wanted, wanted_codes = random_ending(case)
+    x, weight, bias, wanted, wanted_codes, *_ = random_ending(case)
     scale, following = ENDING_SCALES
     codes, _ = codes_of(np.array(x), scale, 127)
     reference = named("reference")
@@ -236,6 +262,46 @@ def test_numpys_endings_are_those_of_the_layers():
     behind = mx.clip(mx.round(nn.gelu_approx(y) / following), -127, 127)
     assert np.abs(np.array(behind) - wanted_codes).max() <= 1
     assert len(np.unique(wanted_codes)) > 50 and np.abs(wanted_codes).max() < 128
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+def test_numpys_modulated_codes_are_those_of_the_model(per_token):
+    """Up to what lies as close to the next code as float32 errs."""
+    how = {"shifted": True, "smoothed": True, "per_token": per_token}
+    wanted = random_modulated(2, 33, 200, mx.float32, **how)
+    assert wanted.modulation.eps == NORM_EPS == mmdit.NORM_EPS
+    x = mmdit.modulate(wanted.x, wanted.modulation.shift, wanted.modulation.scale)
+    codes, scales = codes_of(
+        np.array(x).reshape(-1, 200),
+        0.03,
+        127,
+        np.array(wanted.grid.shift),
+        np.array(wanted.grid.smoothing),
+        per_token,
+    )
+    assert np.abs(codes.astype(int) - wanted.codes).max() <= 1
+    assert (codes != wanted.codes).mean() < 1e-3
+    np.testing.assert_allclose(scales, wanted.scales, rtol=1e-5)
+    assert len(np.unique(wanted.codes)) > 100
+
+
+def test_numpys_gated_sum_is_that_of_the_model():
+    ending = random_ending(Case(10, 40, 64, 4))
+    assert len(ending.residual) == len(ending.gate) == 2
+    y = mx.array(ending.wanted).reshape(ending.residual.shape)
+    wanted = ending.residual + y * ending.gate[:, None]
+    np.testing.assert_allclose(
+        ending.added.reshape(wanted.shape), np.array(wanted), rtol=2**-9, atol=2**-9
+    )
+
+
+def test_vectors_fit_that_a_kernel_can_read():
+    x, one, two, three = (mx.zeros(s) for s in ((2, 5, 8), (1, 8), (2, 8), (3, 8)))
+    for scale, shift, fits in ((one, one, True), (two, one, True), (two, three, False)):
+        assert Modulation(scale, shift, 1e-6).fits(x) is fits
+    assert not Modulation(one, one[:, :4], 1e-6).fits(x)
+    assert not Modulation(one, one.astype(mx.float16), 1e-6).fits(x)
+    assert not Modulation(one, one, 1e-6).fits(x[0]) and not Modulation(one, one, 1e-6).fits(x[:0])
 
 
 def test_programs_that_check_side_by_side_end_when_they_are_stopped():
@@ -250,22 +316,24 @@ def test_programs_that_check_side_by_side_end_when_they_are_stopped():
 
 
 @needs_cuda
-@on_both
+@on_all
 def test_the_self_test_passes(variant):
     assert self_test(variant) == ""
     assert usable() is VARIANT and "self-test passed" in status()
 
 
 @needs_cuda
-@on_both
+@on_all
 @pytest.mark.parametrize("model, outputs, columns", SHAPES)
 def test_models_shapes_are_exact(variant, model, outputs, columns):
+    if variant is NARROW and model != "sd3":
+        pytest.skip("the wide tiles' turn")
     for rows, bits in ((1, 4), (333, 8)):
         assert wrong_sums(variant, Case(rows, outputs, columns, bits)) == 0
 
 
 @needs_cuda
-@on_both
+@on_all
 @pytest.mark.slow
 def test_five_hundred_random_shapes_are_exact(variant):
     rng = np.random.default_rng(0)
@@ -283,16 +351,99 @@ def test_codes_are_exact(dtype, how):
 
 
 @needs_cuda
-@on_both
+@on_all
 @pytest.mark.parametrize("outputs", [256, 72, 384])
 def test_random_endings_are_right(variant, outputs):
     assert wrong_endings(variant, Case(137, outputs, 256, 4), outputs) == 0
 
 
 @needs_cuda
-@on_both
-@pytest.mark.parametrize("outputs", [256, 72, 133])
+@pytest.mark.parametrize("dtype, how", QUANTIZERS)
+def test_modulated_codes_are_right(dtype, how):
+    for seed, shape in enumerate([(1, 3, 32), (2, 77, 192), (3, 50, 133), (2, 129, 512)]):
+        assert wrong_modulated(*shape, dtype, **how, seed=seed) == 0, shape
+
+
+@needs_cuda
+@pytest.mark.parametrize("columns", [1536, 2432, 3072, 5000])
+def test_wide_rows_are_modulated_right(columns):
+    """As many numbers a thread as it takes."""
+    for how in (ALL_WAYS[0], ALL_WAYS[-1]):
+        assert wrong_modulated(2, 77, columns, mx.float16, **how) == 0
+
+
+@needs_cuda
+def test_modulated_codes_do_not_depend_on_where_things_lie():
+    """Parts of larger arrays and turned ones; a grid an entry; NaN stays in its row."""
+    wanted = random_modulated(4, 31, 264, mx.float16, shifted=True)
+    scale, shift, x = wanted.modulation.scale, wanted.modulation.shift, wanted.x
+    scales, limits = mx.array([0.03, 0.05]), mx.array([127.0, 31.0])
+    grid = InputGrid(scales, limits, mx.stack([wanted.grid.shift, 0 * wanted.grid.shift])[:, None])
+    x[1, 5, 7] = mx.nan
+    whole = kernels.quantize_modulated(x, Modulation(scale, shift, NORM_EPS), grid)
+    assert mx.isnan(whole.scales).sum().item() == 1 and mx.isnan(whole.scales[36]).item()
+    turned = mx.contiguous(x.transpose(1, 2, 0)).transpose(2, 0, 1)
+    vectors = (mx.contiguous(v.T).T for v in (scale, shift))
+    for other, modulation in (
+        (turned, Modulation(scale, shift, NORM_EPS)),
+        (mx.pad(x, ((1, 0), (2, 1), (3, 5)))[1:, 2:-1, 3:-5], Modulation(*vectors, NORM_EPS)),
+    ):
+        got = kernels.quantize_modulated(other, modulation, grid)
+        assert mx.array_equal(got.scales, whole.scales, equal_nan=True)
+        apart = np.abs(np.array(got.tiles).astype(int) - np.array(whole.tiles).astype(int))
+        assert apart.max() == 0
+    for i in range(2):  # entries that share a grid, each pair as if it were alone
+        rows, half = slice(2 * i, 2 * i + 2), slice(i, i + 1)
+        one = InputGrid(scales[half], limits[half], grid.shift[i, 0])
+        alone = kernels.quantize_modulated(x[rows], Modulation(scale[rows], shift[rows], 1e-6), one)
+        got, single = (np.array(c.tiles) for c in (whole, alone))
+        both = untiled(got, 124, 264)[62 * i : 62 * i + 62], untiled(single, 62, 264)
+        np.testing.assert_array_equal(*both)
+
+
+@needs_cuda
+@on_all
+@pytest.mark.parametrize("outputs", [384, 72, 133])
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16, mx.float32])
+def test_gated_sums_are_rounded_once_wherever_things_lie(variant, outputs, dtype):
+    if not variant.fits(outputs):
+        pytest.skip("whole tiles only")
+    rng = np.random.default_rng(0)
+    _, weight = random_weight(rng, Case(1, outputs, 160, 4))
+    scales, bias = weight.scales[:, 0], mx.array(rng.standard_normal(outputs).astype(np.float32))
+    x = rng.standard_normal((2 * 69, 160)).astype(np.float32)
+    x[100, 3] = np.nan
+    codes = kernels.quantize(mx.array(x), InputGrid(mx.array([0.05]), mx.array([127.0])))
+    product = codes, kernels.weight_tiles(weight), scales, kernels.column_table(scales, bias)[0]
+    y = kernels.multiply(*product, mx.float32, variant).reshape(2, 69, outputs)
+    residual = mx.array(rng.standard_normal((2, 69, outputs)).astype(np.float32)).astype(dtype)
+    parts = mx.array(rng.standard_normal((2, 6 * outputs)).astype(np.float32)).astype(dtype)
+    gate = mx.split(parts, 6, axis=1)[2]
+    exact = residual.astype(mx.float32) + gate.astype(mx.float32)[:, None] * y
+    turned = mx.contiguous(residual.transpose(1, 0, 2)).transpose(1, 0, 2)
+    odd = mx.pad(residual, ((0, 0), (0, 0), (1, 2)))[:, :, 1:-2]
+    column = mx.contiguous(residual.transpose(0, 2, 1)).transpose(0, 2, 1)
+    first = kernels.multiply_added(*product, residual, gate, variant)
+    assert first.dtype == dtype and first.shape == residual.shape
+    assert mx.isnan(first).sum().item() == outputs and mx.isnan(first[1, 31]).all().item()
+    digits = {mx.float16: 2**-10, mx.bfloat16: 2**-7, mx.float32: 2**-21}[dtype]
+    assert mx.allclose(
+        first.astype(mx.float32), exact, rtol=digits, atol=2**-20, equal_nan=True
+    ).item()
+    for lies in (turned, odd, column):
+        for gates in (gate, mx.contiguous(gate.T).T):
+            got = kernels.multiply_added(*product, lies, gates, variant)
+            assert mx.array_equal(got, first, equal_nan=True)
+    shared = kernels.multiply_added(*product, residual, gate[:1], variant)
+    assert mx.array_equal(shared[0], first[0]) and not mx.array_equal(shared[1, 0], first[1, 0])
+
+
+@needs_cuda
+@on_all
+@pytest.mark.parametrize("outputs", [384, 72, 133])
 def test_sixteen_bit_outputs_are_float32_ones_rounded(variant, outputs):
+    if not variant.fits(outputs):
+        pytest.skip("whole tiles only")
     rng = np.random.default_rng(0)
     _, weight = random_weight(rng, Case(1, outputs, 160, 4))
     scales, bias = weight.scales[:, 0], mx.array(rng.standard_normal(outputs).astype(np.float32))
@@ -311,16 +462,17 @@ def test_sixteen_bit_outputs_are_float32_ones_rounded(variant, outputs):
 
 
 @needs_cuda
-@on_both
+@on_all
 def test_gelu_and_its_codes(variant):
     """Up to the approximation of tanh; NaN of a row goes through two products, and stays in it."""
     rng = np.random.default_rng(0)
-    _, first = random_weight(rng, Case(1, 6144 + 128, 256, 4))
-    _, second = random_weight(rng, Case(1, 72, 6144 + 128, 4))
+    width, last_width = (6144, 384) if variant is NARROW else (6144 + 128, 72)
+    _, first = random_weight(rng, Case(1, width, 256, 4))
+    _, second = random_weight(rng, Case(1, last_width, width, 4))
     x = rng.standard_normal((137, 256)).astype(np.float32)
     x[5, 6] = np.nan
     codes = kernels.quantize(mx.array(x), InputGrid(mx.array([0.03]), mx.array([127.0])))
-    scales, width = first.scales[:, 0], len(first.scales)
+    scales = first.scales[:, 0]
     shift = mx.array(rng.standard_normal(width).astype(np.float32) * 0.1)
     smoothing = mx.array(rng.uniform(0.5, 2, width).astype(np.float32))
     grid = InputGrid(mx.array([0.02]), mx.array([127.0]), shift, smoothing)
@@ -339,7 +491,7 @@ def test_gelu_and_its_codes(variant):
     y = kernels.multiply(
         got, kernels.weight_tiles(second), last, kernels.column_table(last)[0], mx.float16, variant
     )
-    assert mx.isnan(y).sum().item() == 72 and mx.isnan(y[5]).all().item()
+    assert mx.isnan(y).sum().item() == last_width and mx.isnan(y[5]).all().item()
 
 
 @needs_cuda
@@ -358,11 +510,30 @@ def test_layers_are_the_references_to_a_rounding(name, per_token):
         compiled = mx.compile(layer, inputs=layer.state)
         moved = layer(x.transpose(1, 0, 2)).transpose(1, 0, 2)
         outputs.append((layer(x), moved, compiled(x)))
-    (whole, moved, compiled), others = outputs
+    others, (whole, moved, compiled) = outputs
     assert mx.array_equal(whole, moved) and mx.array_equal(whole, compiled)
-    # The kernels add the bias and round once, the reference rounds before and after.
+    # The kernels add the bias and round once; the reference rounds before and after, unless it is
+    # compiled, which makes one operation of two.
     for got, wanted in zip((whole, moved, compiled), others, strict=True):
         assert mx.allclose(got, wanted, rtol=2**-10, atol=2**-12)
+
+
+@needs_cuda
+def test_an_int8_layer_that_is_prepared_multiplies_as_one_that_is_not():
+    linear = nn.Linear(192, 328)
+    linear.set_dtype(mx.float16)
+    x = mx.random.normal((2, 77, 192)).astype(mx.float16)
+    alone = INT8Linear.from_linear(linear, "cuda_int8")
+    ready = INT8Linear.from_linear(linear, "cuda_int8")
+    ready.expect(154, mx.float16)
+    assert ready.fuses and not alone.fuses
+    assert mx.array_equal(ready(x), alone(x))
+    assert mx.array_equal(mx.compile(ready, inputs=ready.state)(x), alone(x))
+    # Another weight is what is multiplied from then on.
+    other = INT8Linear.from_linear(nn.Linear(192, 328))
+    ready.weight = other.weight
+    alone.weight = other.weight
+    assert not ready.fuses and mx.array_equal(ready(x), alone(x))
 
 
 @needs_cuda
@@ -402,15 +573,52 @@ def test_a_whole_linear_in_two_kernels_also_within_a_compiled_function():
 
 
 @needs_cuda
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
+def test_what_joins_layers_gives_what_the_layers_give(dtype):
+    """An attention and an MLP of a model's block, begun with the norm and ended with the residual;
+    codes are those of float32, where the plain way rounds to 16 bits four times before them."""
+    pipeline = quantized_pipeline("tiny", smoothing=True, modulation=False, kernel="cuda_int8")
+    pipeline.transformer.set_dtype(dtype)
+    block = pipeline.transformer.multimodal_transformer_blocks[0].image_transformer_block
+    attention, mlp = block.attn, block.mlp
+    join(pipeline.transformer)
+    hidden = pipeline.transformer.config.hidden
+    x, attended = (mx.random.normal((2, 77, hidden), key=mx.random.key(i)) for i in range(2))
+    parts = 0.5 * mx.random.normal((2, 6 * hidden), key=mx.random.key(3))
+    x, attended, parts = (v.astype(dtype) for v in (x, attended, parts))
+    shift, scale, gate = mx.split(parts, 6, axis=1)[1:4]
+
+    def outputs(attention: nn.Module, mlp: nn.Module) -> list[mx.array]:
+        return [
+            *attention.project_modulated(x, shift, scale),
+            attention.add_output(x, attended, gate),
+            mlp.add_modulated(x, shift, scale, gate),
+        ]
+
+    joined = outputs(block.attn, block.mlp)
+    # The first makes three layers' codes, each within half a scale; so are their products.
+    for got, wanted in zip(joined, outputs(attention, mlp), strict=True):
+        assert got.dtype == dtype
+        got, wanted = (v.astype(mx.float32) for v in (got, wanted))
+        assert relative_error(got, wanted) < (0.02 if dtype == mx.float16 else 0.08)
+    compiled = mx.compile(lambda: outputs(block.attn, block.mlp))()
+    for got, wanted in zip(compiled, joined, strict=True):
+        got, wanted = (v.astype(mx.float32) for v in (got, wanted))
+        assert relative_error(got, wanted) < 1e-3
+
+
+@needs_cuda
 @pytest.mark.parametrize("name", ["cuda_int8", "cuda_int8_packed"])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_a_joined_model_draws_what_the_reference_draws(name, compiled):
-    """q, k and v from one quantization and the MLP as one chain, in a whole guided velocity."""
+@pytest.mark.parametrize("model", ["tiny", "tiny-3.5-medium"])
+def test_a_joined_model_draws_what_the_reference_draws(name, compiled, model):
+    """Everything that is joined, with dual attention too, in a whole guided velocity."""
     velocities = []
     for kernel in ("reference", name):
-        pipeline = quantized_pipeline("tiny", smoothing=True, modulation=False, kernel=kernel)
-        joined = join(pipeline.transformer)
-        assert len(joined) == (7 if kernel == name else 0)
+        pipeline = quantized_pipeline(model, smoothing=True, modulation=False, kernel=kernel)
+        joined, config = join(pipeline.transformer), pipeline.transformer.config
+        parts = 4 * config.depth + config.dual_attention_blocks - 1  # the last text has no MLP
+        assert len(joined) == parts - (kernel == "reference") * (2 * config.depth - 1)
         prompt = ["a large red star in the center on a night background"]
         conditioning = pipeline.condition(prompt, 4.0)
         velocity = pipeline.velocity(conditioning, 4.0, compiled=compiled)

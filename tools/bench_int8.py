@@ -19,7 +19,8 @@ from dataclasses import replace
 from typing import Any
 
 from src.backends import BACKENDS, Device
-from src.inference.int8 import WHILE_LOADING, Int8, open_with_int8
+from src.inference.int8 import WHILE_LOADING, Int8, open_with_int8, share_work
+from src.inference.kernels import rows_of
 from src.metrics.psnr import psnr
 from src.models.configs import MMDiTConfig, config_named
 from src.models.load import default_dtype, load_pipeline
@@ -88,8 +89,9 @@ def int8_model(exact: MMDiT, block_size: int) -> MMDiT:
     return model
 
 
-def with_backend(model: MMDiT, backend: str) -> MMDiT:
-    """The same codes multiplied in another way; nothing is copied."""
+def with_backend(model: MMDiT, backend: str, pixels: int) -> MMDiT:
+    """The same codes multiplied in another way, as pictures of that size are drawn; nothing is
+    copied."""
     other = MMDiT(model.config)
     layers = [
         (
@@ -101,6 +103,7 @@ def with_backend(model: MMDiT, backend: str) -> MMDiT:
     ]
     other.update_modules(tree_unflatten(layers))
     other.load_weights(tree_flatten(model.parameters()))
+    share_work(other, rows_of(model.config, replace(DEFAULTS, height=pixels, width=pixels)))
     return other
 
 
@@ -134,7 +137,7 @@ def steps(config: MMDiTConfig, options: dict[str, Any]) -> dict[str, Any]:
         calls = {EXACT: plain}
         for backend in options["backends"]:
             report(f"{scheme}: {backend}")
-            step = step_of(with_backend(model, backend), pixels, tokens)
+            step = step_of(with_backend(model, backend, pixels), pixels, tokens)
             try:
                 error = relative_error(step(), plain())
                 own = peak_of(step)

@@ -28,6 +28,7 @@ from ..models.sd3_load import find_files, load_sd3
 from ..quant.int8 import AUTO, INT8Linear, check_backend
 from ..quant.replace import SCOPE, QuantizationBlock, prepare_int8
 from ..store import hash_file, hash_json, load_tensors, read_header
+from .kernels import join, rows_of
 from .low_memory import Reread
 from .saved import is_saved, open_pipeline, reread_saved
 
@@ -114,8 +115,17 @@ def open_with_int8(
         pipeline = load_pipeline(model, dtype)
         put.into(pipeline.transformer, int8.int8_checkpoint)
         pipeline.transformer.set_dtype(pipeline.dtype)
+    share_work(pipeline.transformer, rows_of(pipeline.transformer.config, pipeline.defaults))
     pipeline.hash = hash_of(pipeline, int8, block)
     return pipeline
+
+
+def share_work(model: MMDiT, rows: Callable[[str], int]) -> None:
+    """Lets INT8 layers, loaded and cast, share what they can; `rows` is from a path to tokens."""
+    for path, layer in model.named_modules():
+        if isinstance(layer, INT8Linear):
+            layer.expect(rows(path), model.final_layer.linear.weight.dtype)
+    join(model)
 
 
 def block_for(model: Model, int8: Int8 = OFF) -> QuantizationBlock:

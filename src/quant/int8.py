@@ -17,9 +17,10 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..backends import BACKENDS, Backend, Device, named, select_ready
-from ..backends.fusing import Fusing, InputGrid
+from ..backends.fusing import Adding, Fusing, InputGrid, Normalizing
 from ..backends.weight import PACKED_COLUMNS
 from ..errors import UserError
+from .fused import Fused
 from .grid import SMALLEST_SCALE, activation_limit, dequantize
 from .packing import MLX_GROUP_SIZES
 
@@ -30,6 +31,7 @@ AUTO, FALLBACK = "auto", "fallback"
 UNPACK, KEEPS_UNPACKED = "unpack", "dense"
 BACKEND_NAMES = (AUTO, FALLBACK, *BACKENDS)
 PROTECTED = ("weight", "weight_scale")  # whose dtypes are part of their numbers
+READ = (*PROTECTED, "bias")  # of which something may be prepared
 
 
 class INT8Quantizer:
@@ -129,8 +131,7 @@ class INT8LinearFunction:
         chosen, dtype = backend_for(backend, x.size // weight.columns, weight, x.dtype)
         operand = chosen.prepare(weight, dtype, LIMIT)
         if isinstance(chosen, Fusing) and chosen.fuses(operand) and x.dtype != mx.float32:
-            grid = InputGrid(mx.ones(1), mx.array([float(LIMIT)]), per_token=True)
-            row = None
+            grid, row = token_grid(), None
             if bias is not None:
                 row = chosen.bias_table(operand, bias.astype(mx.float32)[None])[0]
             y = chosen.product(chosen.quantize(x, grid), operand, x.dtype, row)
@@ -157,7 +158,7 @@ class INT8LinearFunction:
         return chosen.multiply(codes, scale, chosen.prepare(weight, dtype, LIMIT))
 
 
-class INT8Linear(nn.Module):
+class INT8Linear(Fused, nn.Module):
     """A linear whose weight is held as int8 and scales, one byte a weight, whatever multiplies."""
 
     def __init__(self, weight: mx.array, bias: mx.array | None = None, backend: str = AUTO) -> None:
@@ -175,7 +176,77 @@ class INT8Linear(nn.Module):
         self.weight, self.weight_scale = codes, scale
         if bias is not None:
             self.bias = bias
+        self.forget()
         return self.freeze()
+
+    def forget(self) -> None:
+        """Nothing is prepared: every call finds out for itself what multiplies."""
+        self._fuses = self._normalizes = self._adds = False
+        self._kept, self._tables, self._input_key = {}, {}, "int8"
+
+    def expect(self, rows: int, dtype: mx.Dtype) -> None:
+        """Prepares for inputs of so many rows, so that a backend that can takes over what is around
+        the product: codes for several layers, layer norms, residuals. Another weight ends it."""
+        self.forget()
+        if self._is_shell:
+            return
+        self._backend, dtype = backend_for(self._backend_name, rows, self.byte_weight, dtype)
+        if not isinstance(self._backend, Fusing) or dtype == mx.float32:
+            return
+        self._kept = self._backend.prepare(self.byte_weight, dtype, LIMIT)
+        self._fuses = self._backend.fuses(self._kept)
+        self._kept.pop("bytes", None)  # those of the layer, whichever they are at a call
+        mx.eval(*(kept for kept in self._kept.values() if isinstance(kept, mx.array)))
+        if self._fuses:
+            self._normalizes = isinstance(self._backend, Normalizing)
+            self._adds = isinstance(self._backend, Adding)
+            self._input_key = f"int8 {self._backend.name}"
+            if "bias" in self:
+                bias = self.bias.astype(mx.float32)[None]
+                self._tables = {"bias": self._backend.bias_table(self._operand, bias)[0]}
+                mx.eval(self._tables)
+
+    @property
+    def byte_weight(self) -> ByteWeight:
+        """The codes and scales, as backends take them."""
+        return ByteWeight(self.weight, self.weight_scale)
+
+    @property
+    def shares(self) -> bool:
+        """Whether there are codes that other layers may read."""
+        return not self._is_shell
+
+    @property
+    def _operand(self) -> dict[str, Any]:
+        return {**self._kept, "bytes": self.byte_weight}
+
+    def input_grid(self, ndim: int) -> InputGrid:
+        """Scales per token."""
+        return token_grid()
+
+    def plain_codes(self, x: mx.array) -> tuple[mx.array, mx.array]:
+        """Codes and the tokens' scales, for a backend that multiplies and no more."""
+        return INT8Quantizer.quantize_per_token(x)
+
+    def of_plain_codes(self, x: mx.array, found: tuple[mx.array, mx.array]) -> mx.array:
+        """The output for x, whose codes these are."""
+        weight = self.weight, self.weight_scale
+        y = INT8LinearFunction.multiply(*found, *weight, self._backend_name, x.dtype)
+        if "bias" in self:
+            y = y + self.bias.astype(mx.float32)
+        return y.astype(x.dtype)
+
+    def bias_row(self) -> mx.array | None:
+        """Of the bias table."""
+        return self._tables.get("bias")
+
+    def mixes_biases(self) -> bool:
+        """No bias changes over the steps."""
+        return False
+
+    def leads_to(self, other: nn.Module) -> bool:
+        """A token's scale is not known before all of its outputs are."""
+        return False
 
     @classmethod
     def from_linear(
@@ -238,11 +309,18 @@ class INT8Linear(nn.Module):
         super().__setitem__(key, value)
         if key == "weight_scale" and held is not None:
             self._is_shell = False
+        if key in READ and held is not None:
+            self.forget()
 
     def unfreeze(self, *args: Any, **kwargs: Any) -> INT8Linear:
         """Codes cannot be trained: stays frozen, as MLX's own quantized layers do."""
         super().unfreeze(*args, **kwargs)
         return self.freeze(recurse=False)
+
+    @property
+    def backend(self) -> str:
+        """As it was asked for."""
+        return self._backend_name
 
     def _extra_repr(self) -> str:
         rows, columns = self.weight.shape
@@ -253,9 +331,16 @@ class INT8Linear(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         """(…, columns) to (…, rows), in the dtype of x."""
+        if self._fuses and x.ndim > 1 and x.size:
+            return self.of_codes(x, self.codes(x))
         return INT8LinearFunction.apply(
             x, self.weight, self.weight_scale, self.get("bias"), self._backend_name
         )
+
+
+def token_grid() -> InputGrid:
+    """Scales from each token's own largest value."""
+    return InputGrid(mx.ones(1), mx.array([float(LIMIT)]), per_token=True)
 
 
 def quantized(weight: mx.array, block_size: int) -> tuple[mx.array, mx.array]:
