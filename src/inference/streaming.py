@@ -141,7 +141,10 @@ class BlockStream:
         """Lets go of the blocks that move, and runs all from now on."""
         for index in self._moving:
             self.release(index)
-        self._transformer.run_blocks_with(self.run)
+        # What is around the blocks is compiled too where they are: compiled code rounds otherwise.
+        ends = self._transformer.begin, self._transformer.end
+        compiled = tuple(mx.compile(end) for end in ends) if self._compiles else None
+        self._transformer.run_blocks_with(self.run, compiled)
         mx.clear_cache()
 
     def end(self) -> None:

@@ -325,11 +325,15 @@ class MMDiT(nn.Module):
         self.final_layer = FinalLayer(config)
         self._level: NoiseLevel | None = None
         self._run_block: RunBlock = run_block
+        self._ends: tuple[Callable, Callable] | None = None
         self.memory: Memory | None = None  # of layers that keep something, where there are such
 
-    def run_blocks_with(self, run: RunBlock | None) -> None:
-        """Every call lets this run each block from now on; None ends that."""
-        self._run_block = run or run_block
+    def run_blocks_with(
+        self, run: RunBlock | None, ends: tuple[Callable, Callable] | None = None
+    ) -> None:
+        """Every call lets this run each block from now on, and takes these in the place of `begin`
+        and `end`; None ends that."""
+        self._run_block, self._ends = run or run_block, ends
 
     @property
     def can_be_compiled(self) -> bool:
@@ -399,20 +403,41 @@ class MMDiT(nn.Module):
     ) -> mx.array:
         """The call itself, at the level that is set."""
         rows, columns = self.patch_grid(latent)
-        image = self.x_embedder(latent) + self.x_pos_embedder(rows, columns)
-        text = self.context_embedder(text)
         blocks, run = self.multimodal_transformer_blocks, self._run_block
-        if vectors is None:
-            conditioning = self.conditioning(pooled, timestep)
-            for index, block in enumerate(blocks):
+        begin, end = self._ends or (self.begin, self.end)
+        given = None if vectors is not None else timestep
+        image, text, conditioning = begin(latent, text, pooled, given)
+        for index, block in enumerate(blocks):
+            if vectors is None:
                 image, text = run(index, block, image, text, conditioning)
-            last = self.final_layer.adaLN_modulation.vector(conditioning)
-        else:
-            last = vectors[-1]
-            for index, block in enumerate(blocks):
+            else:
                 own = vectors[2 * index : 2 * index + 2]
                 image, text = run(index, block.modulated, image, text, *own)
-        return self.unpatch(self.final_layer(image, last), rows, columns)
+        last = None if vectors is None else vectors[-1]
+        return end(image, conditioning, last, rows, columns)
+
+    def begin(
+        self, latent: mx.array, text: mx.array, pooled: mx.array, timestep: mx.array | None
+    ) -> tuple[mx.array, mx.array, mx.array | None]:
+        """Both streams as the first block takes them, and what modulations read, if there is a
+        timestep."""
+        image = self.x_embedder(latent) + self.x_pos_embedder(*self.patch_grid(latent))
+        conditioning = None if timestep is None else self.conditioning(pooled, timestep)
+        return image, self.context_embedder(text), conditioning
+
+    def end(
+        self,
+        image: mx.array,
+        conditioning: mx.array | None,
+        vector: mx.array | None,
+        rows: int,
+        columns: int,
+    ) -> mx.array:
+        """Velocity of the last block's tokens; `vector` is the final modulation's, where that is
+        known already."""
+        if vector is None:
+            vector = self.final_layer.adaLN_modulation.vector(conditioning)
+        return self.unpatch(self.final_layer(image, vector), rows, columns)
 
     def patch_grid(self, latent: mx.array) -> tuple[int, int]:
         """Rows and columns of patches; an impossible resolution is an error."""

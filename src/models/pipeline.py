@@ -12,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import UserError
-from ..sampling import Callback, Noise, denoise, guided, sd3_sigmas, uses_guidance
+from ..sampling import Callback, Noise, combined, denoise, guided, sd3_sigmas, uses_guidance
 from .mmdit import MMDiT
 
 
@@ -119,12 +119,15 @@ class Pipeline:
         ) -> mx.array:
             text, pooled = conditioning.text, conditioning.pooled
             model = partial(self.transformer, vectors=vectors)
-            return guided(model, latent, sigma, text, pooled, cfg_weight)
+            return guided(model, latent, sigma, text, pooled, cfg_weight, combine)
 
         run, memory = guided_velocity, self.transformer.memory
         self.transformer.reset_cache()
         wanted = compiling_is_faster() if compiled is None else compiled
-        if wanted and self.transformer.can_be_compiled:
+        whole = wanted and self.transformer.can_be_compiled
+        # Where only parts can be compiled, this one too: compiled code rounds otherwise.
+        combine = mx.compile(combined) if wanted and not whole else combined
+        if whole:
             kept = {} if memory is None else memory.arrays
             run = mx.compile(run, inputs=[self.transformer.state, kept], outputs=kept)
         if self.modulate_ahead is not None and sigmas is not None:

@@ -8,7 +8,7 @@ from .callbacks import (
     Step,
     StepCallback,
 )
-from .guidance import guided, uses_guidance
+from .guidance import combined, guided, uses_guidance
 from .loop import SAMPLERS, denoise
 from .noise import Noise
 from .schedule import sd3_sigmas, shifted
@@ -22,6 +22,7 @@ __all__ = [
     "Noise",
     "Step",
     "StepCallback",
+    "combined",
     "denoise",
     "guided",
     "sd3_sigmas",

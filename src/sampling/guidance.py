@@ -20,8 +20,20 @@ def uses_guidance(cfg_weight: float) -> bool:
     return cfg_weight not in (0, 1)
 
 
+def combined(velocity: mx.array, weight: float) -> mx.array:
+    """The guided velocity of the prompts' and, behind them, the negative prompts' own."""
+    prompt, negative = mx.split(velocity, 2)
+    return negative + weight * (prompt - negative)
+
+
 def guided(
-    model: Model, latent: mx.array, sigma: mx.array, text: mx.array, pooled: mx.array, weight: float
+    model: Model,
+    latent: mx.array,
+    sigma: mx.array,
+    text: mx.array,
+    pooled: mx.array,
+    weight: float,
+    combine: Callable[[mx.array, float], mx.array] = combined,
 ) -> mx.array:
     """Velocity of the (batch, …) latent at one sigma, or at one a row.
 
@@ -36,7 +48,4 @@ def guided(
         raise ValueError(f"{len(text)} rows of text for {len(latent)} latents")
     timestep = (1000 * sigma).reshape(-1)  # one that is said to be all rows' saves layers work
     velocity = model(latent.astype(text.dtype), text, pooled, timestep).astype(mx.float32)
-    if not doubled:
-        return velocity
-    prompt, negative = mx.split(velocity, 2)
-    return negative + weight * (prompt - negative)
+    return combine(velocity, weight) if doubled else velocity
