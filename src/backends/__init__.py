@@ -7,7 +7,17 @@ outputs.
 """
 
 from .device import Device, device_name
-from .select import BACKENDS, UNPACKING, Backend, choose, idle, named, select, select_ready
+from .select import (
+    BACKENDS,
+    UNPACKING,
+    Backend,
+    choose,
+    idle,
+    integer_kernel,
+    named,
+    select,
+    select_ready,
+)
 from .weight import MLX_BITS, Weight
 
 __all__ = [
@@ -20,6 +30,7 @@ __all__ = [
     "choose",
     "device_name",
     "idle",
+    "integer_kernel",
     "named",
     "select",
     "select_ready",

@@ -72,6 +72,14 @@ def select_ready(device: Device, rows: int, N: int, K: int, *, integers: bool = 
     return select(device, rows, N, K, integers=False) if idle(backend) else backend
 
 
+def integer_kernel(N: int, K: int) -> str | None:
+    """The name of the one that multiplies such a weight on this machine, whether it is the fastest
+    or not."""
+    if cuda_int8.usable():
+        return "cuda_int8"
+    return "metal_int8" if metal_int8.takes(N, K) else None
+
+
 def choose(weight: Weight, rows: int, largest: int | None) -> Backend:
     """The one that multiplies this weight here with so many rows of codes up to `largest`, or of
     floats (None)."""

@@ -26,8 +26,8 @@ def in_turns(
     return found
 
 
-def seconds_of(call: Callable[[], mx.array]) -> Callable[[], float]:
-    """A call that computes the array and gives how long that took."""
+def seconds_of(call: Callable[[], Any]) -> Callable[[], float]:
+    """A call that computes the array, or all of several, and gives how long that took."""
 
     def timed() -> float:
         start = time.perf_counter()

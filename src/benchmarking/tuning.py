@@ -34,8 +34,8 @@ PROBE = 32  # rows at which it is seen how long more of them would take
 TOO_SLOW = 8  # times the fastest; such a kernel is left out where it would take long
 LONGEST = 4  # times the seconds of measuring, after which nothing more is begun or compiled
 
-Call = Callable[[], mx.array]
-Layer = Callable[[mx.array], mx.array]
+Call = Callable[[], list[mx.array]]
+Queue = Callable[[int], Call]  # of so many products, one after the other
 Say = Callable[[str], object]
 Made = TypeVar("Made")
 
@@ -64,7 +64,7 @@ class Subject:
     """A shape's layers by kernel, how long each takes at PROBE rows, and what was measured."""
 
     shape: tuple[int, int]
-    layers: dict[str, Layer]
+    layers: dict[str, QuantizedLinear]
     pace: dict[str, float]
     fastest: dict[int, str] = field(default_factory=dict)  # by number of rows
 
@@ -106,8 +106,8 @@ def measured(
             if count is None or not subject.layers or (subject.fastest and budget.is_over()):
                 left.remove(shape)
                 continue
-            calls = calls_of(subject, subject.names(count, most), count)
-            found = times_of(calls, count * shape[0], rounds, budget, say)
+            queues = queues_of(subject, subject.names(count, most), count)
+            found = times_of(queues, count * shape[0], rounds, budget, say)
             subject.fastest[count] = best([found], list(found)) if found else ""
             if found:
                 yield Point(count, *shape, found)
@@ -146,23 +146,36 @@ def next_rows(fastest: Mapping[int, str], rows: Sequence[int]) -> int | None:
 def subject_of(names: Sequence[str], shape: tuple[int, int], rows: int, say: Say) -> Subject:
     """Made and run twice: the first call compiles, the second shows its pace."""
     subject = Subject(shape, layers_of(names, *shape, say), {})
-    calls = calls_of(subject, list(subject.layers), min(PROBE, rows))
-    ready = those_that_run({n: partial(begun, call) for n, call in calls.items()}, say)
-    paces = {name: seconds_of(call)() for name, call in ready.items()}
+    queues = queues_of(subject, list(subject.layers), min(PROBE, rows))
+    paces = {name: seconds_of(one)() for name, one in those_that_begin(queues, say).items()}
     slowest = max(paces.values(), default=0.0)  # of one that was refused nothing is known
     subject.pace |= dict.fromkeys(subject.layers, slowest) | paces
     return subject
 
 
-def calls_of(subject: Subject, names: Sequence[str], count: int) -> dict[str, Call]:
-    """Of these kernels, with an input of so many rows."""
+def queues_of(subject: Subject, names: Sequence[str], count: int) -> dict[str, Queue]:
+    """Of these kernels, with inputs of so many rows."""
     x = mx.random.normal((1, count, subject.shape[1]), key=mx.random.key(0))
     x = x.astype(default_dtype())
     mx.eval(x)
-    return {name: partial(subject.layers[name], x) for name in names}
+    return {name: queue_of(subject.layers[name], x) for name in names}
 
 
-def layers_of(names: Sequence[str], N: int, K: int, say: Say) -> dict[str, Layer]:
+def queue_of(layer: QuantizedLinear, x: mx.array) -> Queue:
+    """Compiled as one where a pipeline is: a call by itself takes longer than a small product."""
+
+    def products(*inputs: mx.array) -> list[mx.array]:
+        return [layer(each) for each in inputs]
+
+    def queue(count: int) -> Call:
+        compiled = compiling_is_faster()
+        run = mx.compile(products, inputs=layer.state) if compiled else products
+        return lambda: run(*[x] * count)
+
+    return queue
+
+
+def layers_of(names: Sequence[str], N: int, K: int, say: Say) -> dict[str, QuantizedLinear]:
     """The same W4A8 layer under each kernel that multiplies it by itself."""
     linear = nn.Linear(K, N)
     linear.set_dtype(default_dtype())
@@ -170,32 +183,36 @@ def layers_of(names: Sequence[str], N: int, K: int, say: Say) -> dict[str, Layer
     return {name: layer for name, layer in made.items() if layer is not None}
 
 
-def layer_of(linear: nn.Linear, name: str) -> Layer | None:
-    """Compiled where a pipeline is; none where the kernel would leave the layer to another, which
-    would be timed under its name."""
+def layer_of(linear: nn.Linear, name: str) -> QuantizedLinear | None:
+    """None where the kernel would leave the layer to another, which would be timed under its
+    name."""
     backend = named(name)
     layer = QuantizedLinear.from_linear(linear, grid=GRID, runtime=Runtime(backend=backend))
     if isinstance(backend, Fusing) and not layer.fuses:
         return None
     mx.eval(layer.parameters())
-    return mx.compile(layer, inputs=layer.state) if compiling_is_faster() else layer
+    return layer
 
 
 def times_of(
-    calls: Mapping[str, Call], outputs: int, rounds: int, budget: Budget, say: Say
+    queues: Mapping[str, Queue], outputs: int, rounds: int, budget: Budget, say: Say
 ) -> dict[str, float]:
     """Median seconds of each that runs, in turns; short ones are queued, many at once."""
-    ready = those_that_run({name: partial(begun, call) for name, call in calls.items()}, say)
-    found = budget.counted(
-        lambda: in_turns({n: repeated(call, outputs) for n, call in ready.items()}, rounds)
-    )
+    ready = those_that_begin(queues, say)
+    calls = {name: repeated(one, queues[name], outputs) for name, one in ready.items()}
+    found = budget.counted(lambda: in_turns(calls, rounds))
     return {name: float(np.median(values)) for name, values in found.items()}
 
 
-def begun(call: Call) -> Call:
-    """The call, after a first one, which compiles."""
-    mx.eval(call())
-    return call
+def those_that_begin(queues: Mapping[str, Queue], say: Say) -> dict[str, Call]:
+    """A single product of each that runs; its first call, which compiles, has been."""
+
+    def begun(queue: Queue) -> Call:
+        call = queue(1)
+        mx.eval(call())
+        return call
+
+    return those_that_run({n: partial(begun, queue) for n, queue in queues.items()}, say)
 
 
 def those_that_run(calls: Mapping[str, Callable[[], Made]], say: Say) -> dict[str, Made]:
@@ -208,17 +225,14 @@ def those_that_run(calls: Mapping[str, Callable[[], Made]], say: Say) -> dict[st
     return given
 
 
-def repeated(call: Call, outputs: int) -> Callable[[], float]:
-    """Seconds of one of as many calls as take long enough to be timed."""
-    wanted = math.ceil(SHORTEST / max(seconds_of(call)(), 1e-9))
+def repeated(one: Call, queue: Queue, outputs: int) -> Callable[[], float]:
+    """Seconds of one of as many products as take long enough to be timed."""
+    wanted = math.ceil(SHORTEST / max(seconds_of(one)(), 1e-9))
     count = max(1, min(wanted, MOST_CALLS, MOST_BYTES // (4 * outputs)))
-
-    def timed() -> float:
-        start = time.perf_counter()
-        mx.eval([call() for _ in range(count)])
-        return (time.perf_counter() - start) / count
-
-    return timed
+    many = queue(count)
+    mx.eval(many())
+    timed = seconds_of(many)
+    return lambda: timed() / count
 
 
 def lines_of(points: Sequence[Point]) -> list[str]:

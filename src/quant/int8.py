@@ -16,7 +16,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..backends import BACKENDS, Backend, Device, named, select_ready
+from ..backends import BACKENDS, Backend, Device, integer_kernel, named, select_ready
 from ..backends.fusing import Adding, Fusing, InputGrid, Normalizing
 from ..backends.weight import PACKED_COLUMNS
 from ..errors import UserError
@@ -372,6 +372,8 @@ def backend_for(
     if name == AUTO:
         shape, integers = (len(weight.bytes), weight.columns), weight.groups == 1
         name = select_ready(device, rows, *shape, integers=integers).name
+        if name == KEEPS_UNPACKED:  # here it would unpack at every call, which takes longest
+            name = (integer_kernel(*shape) if integers else None) or UNPACK
         name = name if packable(name, weight) else UNPACK
     check_packable(name, weight)
     # What is unpacked once and kept would take as much memory as the floats did.
