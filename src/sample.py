@@ -14,7 +14,7 @@ from .evaluation.sources import DTYPES
 from .inference.residual_options import AS_THE_TRACK_HAS_IT, SIXTEEN, Inputs, input_options
 from .load_adaround_model import NO_CONFIG, QUANT_CONFIG, config_path
 from .mass_sampling.plan import KEEPS, Order, make_plan, open_subject
-from .mass_sampling.work import draw_all
+from .mass_sampling.work import GoOn, draw_all
 from .model_options import model_options
 from .models.load import MODELS, Model
 from .store import human_bytes, require_writable
@@ -31,10 +31,12 @@ def sample(
     kernel: str | None = None,
     dtype: str | None = None,
     force: bool = False,
+    go_on: GoOn | None = None,
     **wanted: Any,
 ) -> Path:
     """Fills `output_dir` and gives its path; goes on where an earlier run was stopped.
 
+    `go_on` is asked before each batch, by its pictures' numbers, and may leave the rest for later.
     `wanted` are the fields of `mass_sampling.plan.Order`, named as on the command line.
     """
     folder, order = Path(output_dir), Order(**wanted)
@@ -51,7 +53,7 @@ def sample(
     plan = make_plan(subject, inputs.options, order)
     for note in subject.notes:
         click.echo(f"note: {note}", err=True)
-    return draw_all(plan, folder, force)
+    return draw_all(plan, folder, force, go_on)
 
 
 @command()

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from src.evaluation.networks import ScorerNetwork
+from src.inference.residual_options import Inputs
 from src.inference.residuals import Work
 from src.mass_sampling.plan import Plan, Subject
 from src.mass_sampling.work import kept_latents
@@ -77,6 +78,18 @@ def test_the_same_command_goes_on_and_ends_the_same(undisturbed, work):
     (undisturbed / "pictures/00003.png").unlink()
     assert stage(work, "whole", *MODULATED).returncode == 0
     assert contents(undisturbed) == before
+
+
+def test_a_run_that_is_stopped_keeps_what_is_whole(work, tmp_path):
+    """And the next one goes on to the same bytes."""
+    source, few = work / "adaround_output", {"timesteps": 2, "num_samples": 5, "batch_size": 2}
+    told = {"adaround_output": source, "quant_config": "none", "inputs": Inputs(act_bit=16)}
+    sample(tmp_path / "whole", **told, **few)
+    sample(tmp_path / "parts", go_on=lambda batch: batch.start < 2, **told, **few)
+    assert set(contents(tmp_path / "parts")) >= {f"pictures/{i:05d}.png" for i in range(2)}
+    assert not (tmp_path / "parts/pictures/00002.png").exists()
+    sample(tmp_path / "parts", **told, **few)
+    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
 
 
 @pytest.mark.slow
@@ -164,7 +177,9 @@ def test_features_alone_tell_what_the_pictures_would(tmp_path):
         (["--modulate", "auto"], ["needs --modulate-memory"]),
         (["--modulate", "nothing"], ["'nothing' matches none of 21 layers"]),
         (["--modulate", "--modulate-memory", "1e-6"], ["draw fewer pictures at once"]),
-        (["--modulate", "--residual-scale", "row"], ["static, tensor, token, channel"]),
+        (["--modulate", "--residual-scale", "row"], ["static, tensor, token, range, channel"]),
+        (["--modulate", "--rest-bit", "8"], ["for the layers that --modulate auto leaves"]),
+        (["--rest-scale", "token"], ["for the layers that --modulate auto leaves"]),
         (["--weight-bit", "8"], ["weights of 4 bits, not 8", "--bits-w 8"]),
         (["--keep", "all"], ["unknown --keep 'all'"]),
         (["--keep-latents", "2"], ["give --keep features or both"]),

@@ -12,7 +12,7 @@ import numpy as np
 from ..models.pipeline import Conditioning, Pipeline
 from ..models.prompts import load_prompts
 from ..quant.modulated import Modulated, set_quant_state
-from ..quant.residual_scales import ANCHOR_BITS, STATIC, Dynamic, Search
+from ..quant.residual_scales import ANCHOR_BITS, CLIPPED_CHANGE, STATIC, Dynamic, Search
 from ..sampling import Noise, StepCallback, denoise
 from .residuals import Options, Work, layers_of, wrapped
 
@@ -31,20 +31,23 @@ def measured_scales(
     level: object,
     callbacks: Sequence[StepCallback] = (),
 ) -> dict[str, list[float]]:
-    """By path the scales at every step: of changes where a layer is chosen, else of values.
+    """By path the scales at every step: of changes where a layer is chosen, else of values that are
+    quantized on static ones.
 
     Pictures are drawn once. Each scale is searched on what comes to its layer at its step, and used
     from there on: so all of them are measured along the quantized model's own way.
     """
-    model, taken = pipeline.transformer, set(chosen)
-    searches = {
-        path: Search(options.act_bit, ANCHOR_BITS if path in taken else options.act_bit)
-        for path in layers_of(model)
-    }
-    quantizers = {
-        path: (search, None) if path in taken else (None, search)
-        for path, search in searches.items()
-    }
+    model, (bits, kind) = pipeline.transformer, options.rest
+    searches, quantizers = {}, {}
+    for path in layers_of(model):
+        if path in chosen:
+            searches[path] = Search(options.act_bit, ANCHOR_BITS, CLIPPED_CHANGE)
+            quantizers[path] = (searches[path], None)
+        elif kind == STATIC:
+            searches[path] = Search(bits, bits)
+            quantizers[path] = (None, searches[path])
+        else:
+            quantizers[path] = (None, Dynamic(bits, kind, bits))
     with wrapped(model, quantizers, level):
         draw(pipeline, calibration(pipeline, options.scale_pictures, work), work, callbacks)
     return {path: search.found for path, search in searches.items()}
@@ -100,14 +103,15 @@ def gains_of(
 
     Scales are dynamic ones. The way is that of the model without quantized inputs.
     """
-    kind = "token" if options.residual_scale == STATIC else options.residual_scale
-    residuals, values = (
-        Dynamic(options.act_bit, kind, bits) for bits in (ANCHOR_BITS, options.act_bit)
+    bits, kind = options.rest
+    changes, values = (
+        "token" if each == STATIC else each for each in (options.residual_scale, kind)
     )
+    quantizers = (Dynamic(options.act_bit, changes, ANCHOR_BITS), Dynamic(bits, values, bits))
     paths = list(layers_of(pipeline.transformer))
     captions = calibration(pipeline, GAIN_PICTURES, work)
     places = sorted({max(1, int(share * work.num_steps)) for share in GAIN_PLACES})
-    with wrapped(pipeline.transformer, dict.fromkeys(paths, (residuals, values)), level) as layers:
+    with wrapped(pipeline.transformer, dict.fromkeys(paths, quantizers), level) as layers:
         set_quant_state(pipeline.transformer, activations=False)
         keep, started = KeepPairs([p for p in places if p < work.num_steps]), time.perf_counter()
         draw(pipeline, captions, work, [keep])

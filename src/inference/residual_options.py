@@ -11,8 +11,8 @@ import click
 
 from ..errors import UserError
 from ..quant.linear import A_SCALES
-from ..quant.residual_scales import ANCHOR_BITS, KINDS
-from .residuals import ALL, AUTO, SCALE_PICTURES, Options
+from ..quant.residual_scales import ANCHOR_BITS, DYNAMIC, KINDS, RANGE
+from .residuals import ALL, AUTO, NO_REST, SAME, SCALE_PICTURES, Options
 
 SIXTEEN = 16  # bits: not quantized
 Function = Callable[..., Any]
@@ -27,6 +27,8 @@ class Inputs:
     modulate_memory: float | None = None
     residual_scale: str = KINDS[0]
     scale_pictures: int = SCALE_PICTURES
+    rest_scale: str | None = None
+    rest_bit: int | None = None
 
     def __post_init__(self) -> None:
         if self.modulate is None and self.modulate_memory is not None:
@@ -35,6 +37,8 @@ class Inputs:
             raise UserError("--act-bit 16 leaves nothing to modulate; give 2 to 8")
         if self.options is None and self.residual_scale != KINDS[0]:
             raise UserError("--residual-scale is for --modulate or --act-bit; give one of them")
+        if self.modulate != AUTO and (self.rest_scale, self.rest_bit) != (None, None):
+            raise UserError(NO_REST)
 
     def check_beside(self, weights_only: bool, a_scale: str) -> None:
         """Raises where the layers' own options contradict what was asked for."""
@@ -58,7 +62,13 @@ class Inputs:
             return None
         bits = ANCHOR_BITS if self.act_bit is None else self.act_bit
         return Options(
-            self.modulate, bits, self.residual_scale, self.modulate_memory, self.scale_pictures
+            self.modulate,
+            bits,
+            self.residual_scale,
+            self.modulate_memory,
+            self.scale_pictures,
+            self.rest_scale,
+            self.rest_bit,
         )
 
     @property
@@ -93,6 +103,11 @@ def input_options(function: Function) -> Function:
     @click.option(
         "--scale-pictures", default=SCALE_PICTURES, help="On which static scales are measured."
     )
+    @click.option(
+        "--rest-scale",
+        help=f"Of layers that --modulate {AUTO} leaves: {', '.join((SAME, *DYNAMIC))}.  [{RANGE}]",
+    )
+    @click.option("--rest-bit", type=int, help="Bits of these layers' inputs, 2 to 8.  [--act-bit]")
     @wraps(function)
     def with_inputs(
         *args: Any,
@@ -101,9 +116,19 @@ def input_options(function: Function) -> Function:
         modulate_memory: float | None,
         residual_scale: str,
         scale_pictures: int,
+        rest_scale: str | None,
+        rest_bit: int | None,
         **options: Any,
     ) -> Any:
-        inputs = Inputs(act_bit, modulate, modulate_memory, residual_scale, scale_pictures)
+        inputs = Inputs(
+            act_bit,
+            modulate,
+            modulate_memory,
+            residual_scale,
+            scale_pictures,
+            rest_scale,
+            rest_bit,
+        )
         return function(*args, inputs=inputs, **options)
 
     return with_inputs

@@ -16,10 +16,13 @@ from ..models.mmdit import MMDiT, NoiseLevel
 from ..models.paths import BLOCKS, MODULATION
 from ..models.pipeline import Pipeline
 from ..quant.grid import check_bits
+from ..quant.int8 import INT8Linear
 from ..quant.linear import QuantizedLinear
 from ..quant.modulated import Memory, Modulated, modulated
 from ..quant.residual_scales import (
     ANCHOR_BITS,
+    DYNAMIC,
+    RANGE,
     STATIC,
     Dynamic,
     OwnGrid,
@@ -33,6 +36,8 @@ from ..store import human_bytes
 ALL, AUTO = "all", "auto"
 SCALE_PICTURES = 8
 FLOAT_BYTES = 4  # of a value of â or ô
+SAME = "same"  # scales for what auto leaves: those of all other layers
+NO_REST = "--rest-scale and --rest-bit are for the layers that --modulate auto leaves; give it too"
 STREAMS = ("image_transformer_block", "text_transformer_block")
 
 
@@ -45,6 +50,8 @@ class Options:
     residual_scale: str = STATIC
     modulate_memory: float | None = None  # GB; none: as much as it takes
     scale_pictures: int = SCALE_PICTURES  # on which static scales are measured
+    rest_scale: str | None = None  # of layers that auto leaves unmodulated; none: range
+    rest_bit: int | None = None  # of these; none: act_bit
 
     def __post_init__(self) -> None:
         check_bits(self.act_bit, "--act-bit")
@@ -57,6 +64,24 @@ class Options:
             raise UserError("--modulate auto needs --modulate-memory, the GB that it may take")
         if self.scale_pictures < 1:
             raise UserError(f"--scale-pictures must be at least 1, got {self.scale_pictures}")
+        self.check_rest()
+
+    def check_rest(self) -> None:
+        if self.rest_bit is not None:
+            check_bits(self.rest_bit, "--rest-bit")
+        if self.rest_scale not in (None, SAME, *DYNAMIC):
+            raise UserError(
+                f"unknown --rest-scale {self.rest_scale!r}; valid: {', '.join((SAME, *DYNAMIC))}"
+            )
+        if self.modulate != AUTO and (self.rest_scale, self.rest_bit) != (None, None):
+            raise UserError(NO_REST)
+
+    @property
+    def rest(self) -> tuple[int, str]:
+        """Bits and scales of an input that is quantized as it is."""
+        if self.modulate != AUTO or self.rest_scale == SAME:
+            return self.rest_bit or self.act_bit, self.residual_scale
+        return self.rest_bit or self.act_bit, self.rest_scale or RANGE
 
 
 @dataclass(frozen=True)
@@ -116,7 +141,7 @@ class Levels:
 def layers_of(model: MMDiT) -> dict[str, nn.Module]:
     """All that can be modulated, by path: the blocks' linears, quantized or not, but for the
     modulation that the text and the noise level are the only inputs of."""
-    kinds = (nn.Linear, nn.QuantizedLinear, QuantizedLinear, Modulated)
+    kinds = (nn.Linear, nn.QuantizedLinear, QuantizedLinear, INT8Linear, Modulated)
     found = {}
     for index, block in enumerate(model[BLOCKS]):
         for path, module in sorted(block.named_modules(), key=lambda item: item[0]):
@@ -274,15 +299,22 @@ def quantizers_of(
     bits, kind = options.act_bit, options.residual_scale
     found = {}
     for path, layer in layers.items():
-        if kind != STATIC:
-            residuals, values = (Dynamic(bits, kind, b) for b in (ANCHOR_BITS, bits))
-            found[path] = (residuals if path in chosen else None, values)
-        elif path in chosen:
+        if path not in chosen:
+            found[path] = (None, values_of(options, own, (scales or {}).get(path)))
+        elif kind != STATIC:
+            found[path] = tuple(Dynamic(bits, kind, first) for first in (ANCHOR_BITS, bits))
+        else:
             tiers = [ANCHOR_BITS, *[bits] * (len(scales[path]) - 1)]
             found[path] = (Static(own, tiers, scales[path]), own_grid(layer))
-        else:
-            found[path] = (None, Static(own, [bits] * len(scales[path]), scales[path]))
     return found
+
+
+def values_of(options: Options, own: Step | None, scales: list[float] | None) -> Quantizer:
+    """For the input, as it is, of a layer that is not modulated."""
+    bits, kind = options.rest
+    if kind != STATIC:
+        return Dynamic(bits, kind, bits)
+    return Static(own, [bits] * len(scales), scales)
 
 
 def own_grid(layer: nn.Module) -> OwnGrid | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import click
@@ -26,8 +26,12 @@ PATTERNS = ("pictures/*.png", "features/*.npz", SCALES, STATISTICS)
 FEATURES = ("pooled", "spatial", "probabilities")
 
 
-def draw_all(plan: Plan, folder: Path, force: bool) -> Path:
-    """Fills the folder; goes on where an earlier run was stopped."""
+GoOn = Callable[[range], bool]  # whether the batch of these pictures is still to be drawn
+
+
+def draw_all(plan: Plan, folder: Path, force: bool, go_on: GoOn | None = None) -> Path:
+    """Fills the folder; goes on where an earlier run was stopped. Where `go_on` stops it, what is
+    whole is kept for a later run."""
     ranks = Ranks.here()
     with folder_lock(folder, rank=ranks.store_rank):
         manifest = open_manifest(
@@ -48,10 +52,14 @@ def draw_all(plan: Plan, folder: Path, force: bool) -> Path:
         mine = todo[ranks.rank :: ranks.size]
         with Bar("samples", len(mine) * plan.work.num_steps) as bar:
             for unit in mine:
+                if go_on is not None and not go_on(batches[unit]):
+                    break
                 manifest.mark(unit, draw_batch(plan, folder, batches[unit], bar))
         ranks.barrier()
         if ranks.rank == 0:
             manifest.merge_ranks()
+            if manifest.pending(batches):
+                return folder
             units = [*batches, *([] if plan.options is None else ["scales"])]
             if plan.eyes is not None:
                 gather(folder, plan.eyes, list(plan.batches())).save(folder / STATISTICS)

@@ -10,7 +10,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..errors import UserError
-from .int8 import INT8Linear, INT8Quantizer
+from .grid import dequantize
+from .int8 import INT8Linear, INT8LinearFunction, INT8Quantizer
 from .linear import QuantizedLinear
 
 
@@ -25,6 +26,9 @@ class Affine(Protocol):
 
     def product(self, codes: mx.array, factor: mx.array | None) -> mx.array:
         """Of factor·codes, or of floats; float32, and nothing added."""
+
+    def sums(self) -> mx.array | None:
+        """(outputs,) product of an input of ones, float32; none where floats are multiplied."""
 
     def beside(self, entered: mx.array, dtype: mx.Dtype) -> mx.array | None:
         """What takes the input as it is; float32."""
@@ -50,6 +54,9 @@ class QuantizedAffine:
 
     def product(self, codes: mx.array, factor: mx.array | None) -> mx.array:
         return self.layer.multiply(codes, factor)
+
+    def sums(self) -> mx.array:
+        return row_sums(self.layer.packed.codes(), self.layer.scales)
 
     def beside(self, entered: mx.array, dtype: mx.Dtype) -> mx.array | None:
         return self.layer.low_rank(entered, dtype) if "low_rank_up" in self.layer else None
@@ -84,6 +91,9 @@ class FloatAffine:
             x = x * self.frame.smoothing
         return self._multiply(x).astype(mx.float32)
 
+    def sums(self) -> None:
+        """An input that is the same in all channels is multiplied with the rest of it."""
+
     def beside(self, entered: mx.array, dtype: mx.Dtype) -> mx.array | None:
         return None
 
@@ -99,6 +109,26 @@ class FloatAffine:
     @property
     def steady(self) -> bool:
         return self.frame is None or len(self.frame.get("shift", (0,))) == 1
+
+
+class ByteAffine(FloatAffine):
+    """INT8: codes are multiplied as codes, by the layer's own backend; floats as floats."""
+
+    def product(self, codes: mx.array, factor: mx.array | None) -> mx.array:
+        if factor is None:
+            return super().product(codes, None)
+        weight, scale = self.layer.weight, self.layer.weight_scale
+        return INT8LinearFunction.multiply(codes, factor, weight, scale, self.layer.backend)
+
+    def sums(self) -> mx.array:
+        return row_sums(self.layer.weight, self.layer.weight_scale)
+
+
+def row_sums(codes: mx.array, scale: mx.array) -> mx.array:
+    """(rows,) float32 of a quantized weight; computed now, as it is asked for before any step."""
+    sums = dequantize(codes, scale).sum(axis=1)
+    mx.eval(sums)
+    return sums
 
 
 def multiplier(layer: nn.Module) -> Callable[[mx.array], mx.array]:

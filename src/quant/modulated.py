@@ -13,9 +13,10 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..errors import UserError
-from .affine import Affine, FloatAffine, QuantizedAffine
+from .affine import Affine, ByteAffine, FloatAffine, QuantizedAffine
+from .int8 import INT8Linear
 from .linear import QuantizedLinear
-from .residual_scales import Dynamic, Quantizer
+from .residual_scales import RANGE, Dynamic, Quantizer
 from .schedule import SAME_SIGMA
 
 Velocity = Callable[[mx.array, mx.array], mx.array]
@@ -154,6 +155,7 @@ class Modulated(nn.Module):
         quantizer = self._residuals if self._modulates else self._values if activations else None
         self._quantizer = quantizer
         self._parts.expect(None if quantizer is None else quantizer.largest)
+        self._sums = self._parts.sums() if needs_sums(quantizer) else None
 
     def check_switch(self, *, weights: bool, activations: bool, modulate: bool) -> None:
         """Raises for what `switch` cannot be told; nothing is changed."""
@@ -209,11 +211,12 @@ class Modulated(nn.Module):
         """x on its grid, and the product of just that."""
         if quantizer is None:
             return x, self._parts.product(x, None)
-        codes, factor = quantizer(x, first)
-        told = codes * factor
-        if quantizer.largest is None:
-            return told, self._parts.product(told, None)
-        return told, self._parts.product(codes, factor)
+        told = quantizer(x, first)
+        about_middle = told.middle is not None
+        if quantizer.largest is None or (about_middle and self._sums is None):
+            return told.values, self._parts.product(told.values, None)
+        moved = self._parts.product(told.codes, told.factor)
+        return told.values, added(moved, told.middle * self._sums if about_middle else None)
 
     def _extra_repr(self) -> str:
         shown = self._quantizer if isinstance(self._quantizer, Dynamic) else "scales of each step"
@@ -235,7 +238,13 @@ def modulated(layer: nn.Module, residuals: Quantizer | None, **settings: object)
 
 
 def affine(layer: nn.Module) -> Affine:
-    return QuantizedAffine(layer) if isinstance(layer, QuantizedLinear) else FloatAffine(layer)
+    if isinstance(layer, QuantizedLinear):
+        return QuantizedAffine(layer)
+    return ByteAffine(layer) if isinstance(layer, INT8Linear) else FloatAffine(layer)
+
+
+def needs_sums(quantizer: Quantizer | None) -> bool:
+    return isinstance(quantizer, Dynamic) and quantizer.per == RANGE
 
 
 def frame_of(layer: nn.Module) -> QuantizedLinear | None:

@@ -1,14 +1,15 @@
 """How values and their changes from step to step are put on a grid: by a table, or by themselves.
 
 A quantizer is called with what is left to be told, float32, and with whether it is the first step
-of a picture; it gives whole codes and what one of them is worth.
+of a picture; it gives whole codes, what one of them is worth, and what code 0 stands for.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from functools import lru_cache
+from typing import NamedTuple, Protocol
 
 import mlx.core as mx
 import numpy as np
@@ -19,12 +20,29 @@ from .linear import QuantizedLinear
 from .schedule import Step, spread_table
 
 STATIC = "static"
-DYNAMIC = ("tensor", "token", "channel")
+RANGE = "range"
+DYNAMIC = ("tensor", "token", RANGE, "channel")
 KINDS = (STATIC, *DYNAMIC)
 ANCHOR_BITS = 8  # of a picture's first step, which all later ones build on
 # Of the largest value. Heavy tails at few bits are clipped far down.
 CLIP_RATIOS = tuple(np.geomspace(1, 0.03, 30).tolist())
+# Times the squared error of what is clipped of a change: it comes back on top of the next change,
+# and pictures that were not measured on have larger ones.
+CLIPPED_CHANGE = 10.0
 BINS = 4096  # of absolute values, on which a scale is searched
+
+
+class Told(NamedTuple):
+    """What x becomes: codes·factor, about the `middle` where there is one."""
+
+    codes: mx.array  # whole, float32
+    factor: mx.array  # that broadcasts over them
+    middle: mx.array | None = None  # (…, 1), the same for all channels of a token
+
+    @property
+    def values(self) -> mx.array:
+        values = self.codes * self.factor
+        return values if self.middle is None else values + self.middle
 
 
 class Quantizer(Protocol):
@@ -32,8 +50,8 @@ class Quantizer(Protocol):
     def largest(self) -> int | None:
         """The largest code; none where a product needs the values themselves."""
 
-    def __call__(self, x: mx.array, first: bool) -> tuple[mx.array, mx.array]:
-        """Whole float32 codes, and a factor that broadcasts over them."""
+    def __call__(self, x: mx.array, first: bool) -> Told:
+        """x on the grid."""
 
 
 def check_kind(kind: str, what: str) -> None:
@@ -48,7 +66,7 @@ def codes_of(x: mx.array, scale: mx.array, limit: mx.array | int) -> mx.array:
 @dataclass(frozen=True)
 class Dynamic:
     """Scales from the values' own largest ones: of each picture, of each token, or of each channel
-    of each picture. Nothing is clipped."""
+    of each picture; or from each token's range, smallest to largest. Nothing is clipped."""
 
     bits: int
     per: str
@@ -66,11 +84,16 @@ class Dynamic:
             return None
         return activation_limit(max(self.bits, self.first_bits))
 
-    def __call__(self, x: mx.array, first: bool) -> tuple[mx.array, mx.array]:
-        limit = activation_limit(self.first_bits if first else self.bits)
-        scale = mx.abs(x).max(axis=self.axes(x.ndim), keepdims=True) / limit
-        scale = mx.maximum(scale, SMALLEST_SCALE)
-        return codes_of(x, scale, limit), scale
+    def __call__(self, x: mx.array, first: bool) -> Told:
+        limit, middle = activation_limit(self.first_bits if first else self.bits), None
+        if self.per == RANGE:
+            highest, lowest = x.max(axis=-1, keepdims=True), x.min(axis=-1, keepdims=True)
+            largest, middle = (highest - lowest) / 2, (highest + lowest) / 2
+            x = x - middle
+        else:
+            largest = mx.abs(x).max(axis=self.axes(x.ndim), keepdims=True)
+        scale = mx.maximum(largest / limit, SMALLEST_SCALE)
+        return Told(codes_of(x, scale, limit), scale, middle)
 
     def axes(self, ndim: int) -> tuple[int, ...]:
         """Over which a scale holds: the first one counts pictures, the last one channels."""
@@ -102,9 +125,9 @@ class Static:
     def largest(self) -> int | None:
         return self._largest
 
-    def __call__(self, x: mx.array, first: bool) -> tuple[mx.array, mx.array]:
+    def __call__(self, x: mx.array, first: bool) -> Told:
         scale, limit = self._level.grid(self._number, x.ndim)
-        return codes_of(x, scale, limit), scale
+        return Told(codes_of(x, scale, limit), scale)
 
 
 @dataclass
@@ -116,6 +139,7 @@ class Search:
 
     bits: int
     first_bits: int = ANCHOR_BITS
+    clipped: float = 1.0  # what an error counts where values are clipped; elsewhere 1
     found: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -125,28 +149,47 @@ class Search:
     def largest(self) -> int | None:
         return activation_limit(max(self.bits, self.first_bits))
 
-    def __call__(self, x: mx.array, first: bool) -> tuple[mx.array, mx.array]:
+    def __call__(self, x: mx.array, first: bool) -> Told:
         bits = self.first_bits if first else self.bits
-        scale = best_scale(x, bits)
+        scale = best_scale(x, bits, self.clipped)
         self.found.append(scale)
-        return codes_of(x, mx.array(scale), activation_limit(bits)), mx.array(scale)
+        return Told(codes_of(x, mx.array(scale), activation_limit(bits)), mx.array(scale))
 
 
-def best_scale(x: mx.array, bits: int) -> float:
-    """Of scales that clip more and more the one with the least squared error.
+def best_scale(x: mx.array, bits: int, clipped: float = 1.0) -> float:
+    """Of scales that clip more and more the one with the least squared error, times `clipped` for
+    the values that are.
 
     All values count: a sample would have few of the largest, and so clip too many.
     """
-    limit, values = activation_limit(bits), np.abs(np.array(x)).reshape(-1)
-    largest = float(values.max())
-    if not largest > SMALLEST_SCALE * limit:
+    largest = float(mx.abs(x).max())
+    if not largest > SMALLEST_SCALE * activation_limit(bits):
         return SMALLEST_SCALE
-    places = (values * np.float32(BINS / largest)).astype(np.int32)
-    counts = np.bincount(places, minlength=BINS + 1)
-    centres = (np.arange(BINS + 1) + 0.5) / BINS
+    counts = histogram(x, largest, on_device=mx.default_device() != mx.Device(mx.cpu))
+    scales, errors = clipping_errors(bits, clipped)
+    return float(scales[np.argmin(errors @ counts)]) * largest
+
+
+def histogram(x: mx.array, largest: float, on_device: bool) -> np.ndarray:
+    """(BINS + 1,) counts of absolute values up to the largest; the same wherever they are counted.
+
+    A device gives away no more than them: values would take longer to be copied than to be counted.
+    """
+    places = (mx.abs(x).reshape(-1) * mx.array(BINS / largest, dtype=mx.float32)).astype(mx.int32)
+    if on_device:
+        counts = mx.zeros((BINS + 1,), dtype=mx.int32).at[mx.minimum(places, BINS)].add(1)
+        return np.array(counts)
+    return np.bincount(np.minimum(np.array(places), BINS), minlength=BINS + 1)
+
+
+@lru_cache
+def clipping_errors(bits: int, clipped: float) -> tuple[np.ndarray, np.ndarray]:
+    """(scales,) and (scales, BINS + 1) squared errors of the bins, where the largest value is 1."""
+    centres, limit = (np.arange(BINS + 1) + 0.5) / BINS, activation_limit(bits)
     scales = np.array(CLIP_RATIOS)[:, None] / limit
-    errors = centres - np.minimum(np.round(centres / scales), limit) * scales
-    return float(scales[np.argmin(np.square(errors) @ counts), 0]) * largest
+    errors = np.square(centres - np.minimum(np.round(centres / scales), limit) * scales)
+    errors *= np.where(centres > (limit + 0.5) * scales, clipped, 1.0)
+    return scales[:, 0], errors
 
 
 @dataclass(frozen=True)
@@ -159,5 +202,5 @@ class OwnGrid:
     def largest(self) -> int | None:
         return self.layer.largest_code()
 
-    def __call__(self, x: mx.array, first: bool) -> tuple[mx.array, mx.array]:
-        return self.layer.quantized(x)
+    def __call__(self, x: mx.array, first: bool) -> Told:
+        return Told(*self.layer.quantized(x))
