@@ -12,14 +12,18 @@ each picture). Captions are those of scenes that are rendered too:
 - Fréchet distance to full precision's pictures from other noise, whose floor is the row "other
   noise".
 
-Rows are drawn in --work by `src.sample`, one folder each: a killed run goes on with the batch it
-was at, --rows draws some of them (several machines can share the work), and under mlx.launch each
-rank draws every nth batch. What is finished is written to docs/benchmarks/modiff.json and
-modiff.md, after every row.
+Rows are drawn in --work by `src.sample`, one folder each, the most wanted ones first: a killed run
+goes on with the batch it was at, and under mlx.launch each rank draws every nth batch. With
+--seconds a run stops in time, with --each a row has so many of its pictures afterwards; both go on
+by the same command. --rows draws some of them, so that several machines can share the work:
+results_…/ holds one small file a row, which --merge takes in. All results are written to
+docs/benchmarks/modiff.json and modiff.md after every row, and by --report-only.
 """
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,14 +33,12 @@ from src.analyze_activations import analyze_activations
 from src.cache_adaround_data import cache_adaround_data
 from src.collect_layer_activations import collect_layer_activations
 from src.distributed import Ranks
-from src.evaluation.networks import ScorerNetwork
-from src.evaluation.statistics import Statistics, load_statistics
+from src.evaluation.networks import Features, ScorerNetwork
+from src.evaluation.statistics import load_statistics
 from src.generate_calibration_data import generate_calibration_data
 from src.inference.residual_options import Inputs
 from src.inference.residuals import Work, cache_bytes
-from src.mass_sampling.work import STATISTICS, gather, kept_latents
-from src.metrics.fidelity import bootstrap_interval
-from src.metrics.signal import decibel
+from src.mass_sampling.work import kept_latents
 from src.models.load import load_pipeline
 from src.models.nano.captions import captions
 from src.models.nano.render import render
@@ -50,8 +52,21 @@ import mlx.core as mx
 import numpy as np
 
 from tools.bench_common import machine, write_report
+from tools.modiff_results import (
+    Limit,
+    Sets,
+    Took,
+    counts_of,
+    drawn_features,
+    growing,
+    latent_figures,
+    merged,
+    moments_of,
+    save_result,
+    set_figures,
+    whole_batches,
+)
 from tools.modiff_rows import (
-    EXACT,
     HEAD,
     OTHER_SEED,
     PICTURE_SEED,
@@ -59,7 +74,8 @@ from tools.modiff_rows import (
     STATIC,
     Row,
     all_rows,
-    auto_line,
+    auto_lines,
+    by_priority,
     chosen_rows,
     goals,
     line,
@@ -87,6 +103,11 @@ class Bench:
         return self.work / f"rows_{self.num_pictures}_{self.steps}"
 
     @property
+    def results(self) -> Path:
+        """One small file a row, for --merge on another machine."""
+        return self.work / f"results_{self.num_pictures}_{self.steps}"
+
+    @property
     def prompts(self) -> Path:
         return self.work / f"captions_{self.num_pictures}.txt"
 
@@ -102,8 +123,9 @@ class Bench:
     def scenes(self) -> SceneBatch:
         return sample_scenes(np.random.default_rng(SCENE_SEED), self.num_pictures)
 
-    def draw(self, row: Row) -> None:
-        """One row's features and first latents; goes on where it was stopped."""
+    def draw(self, row: Row, limit: Limit) -> None:
+        """A row's features and first latents, within the limit; goes on where it was stopped."""
+        limit.begin_row()
         weights, config = (None, "none")
         if row.weight_bit != SIXTEEN:
             weights, config = self.weights(row.weight_bit), self.config()
@@ -117,7 +139,14 @@ class Bench:
             adaround_output=weights or "",
             quant_config=config,
             weight_bit=row.weight_bit,
-            inputs=Inputs(row.act_bit, row.modulate, memory, scale, self.tracks["scale_pictures"]),
+            inputs=Inputs(
+                row.act_bit,
+                row.modulate,
+                memory,
+                scale,
+                self.tracks["scale_pictures"],
+                rest_bit=row.rest_bit,
+            ),
             timesteps=self.steps,
             num_samples=self.num_pictures,
             prompts=str(self.prompts),
@@ -126,6 +155,7 @@ class Bench:
             keep="features",
             keep_latents=self.latents,
             dtype=self.tracks["dtype"],
+            go_on=limit,
         )
 
     def whole_cache(self) -> int:
@@ -168,48 +198,71 @@ class Bench:
             )
         return together(folder)
 
-    def render_truth(self, eyes: ScorerNetwork) -> Path:
-        """Statistics of the rendered scenes of all captions."""
-        path = self.work / f"rendered_{self.num_pictures}.npz"
-        if path.exists():
-            return path
-        statistics, scenes = Statistics(eyes.identity), self.scenes()
+    def rendered(self, eyes: ScorerNetwork, counts: Sequence[int]) -> Sets:
+        """Moments of the features of the first scenes, rendered once."""
+        folder = self.work / f"rendered_{self.num_pictures}"
+        missing = [count for count in counts if not (folder / f"{count}.npz").exists()]
+        if missing:
+            drawn = growing(self.rendered_features(eyes), eyes.identity, missing)
+            for count, statistics in drawn:
+                statistics.save(folder / f"{count}.npz")
+        known = {n: load_statistics(folder / f"{n}.npz", eyes.identity) for n in counts}
+        return {count: (of.pooled, of.spatial) for count, of in known.items()}
+
+    def rendered_features(self, eyes: ScorerNetwork) -> Iterator[Features]:
+        scenes = self.scenes()
         for start in range(0, self.num_pictures, CHUNK):
             shown = mx.clip(render(scenes[start : start + CHUNK]), 0, 1)
-            pictures = np.array(mx.round(shown * 255).astype(mx.uint8))
-            names = [str(start + i) for i in range(len(pictures))]
-            statistics.add(eyes(pictures), names)
-        return statistics.save(path)
+            yield eyes(np.array(mx.round(shown * 255).astype(mx.uint8)))
 
-    def finished(self) -> list[Row]:
-        return [r for r in all_rows() if (self.rows / r.folder / MANIFEST_NAME).exists()]
-
-    def figures(self, eyes: ScorerNetwork) -> dict[str, dict[str, Any]]:
-        """Of every finished row, by name."""
-        found = self.finished()
-        latents = {row.name: kept_latents(self.rows / row.folder, self.batches) for row in found}
-        return {row.name: self.row_figures(row, latents, eyes) for row in found}
-
-    def row_figures(
-        self, row: Row, latents: dict[str, np.ndarray], eyes: ScorerNetwork
-    ) -> dict[str, Any]:
-        folder, own = self.rows / row.folder, latents[row.name]
-        statistics = gather(folder, eyes, self.batches)
-        figures: dict[str, Any] = {}
-        for key, name in (("latent", EXACT), ("latent_own_weights", row.own_floats)):
-            paired = row.seed == PICTURE_SEED and name != row.name and name in latents
-            figures[key] = latent_figures(latents[name], own) if paired else None
-        if self.num_pictures > max(eyes.identity.pooled, eyes.identity.spatial):
-            known, score = statistics.known, statistics.score
-            figures["inception_score"] = [score.mean, score.deviation]
-            truth = load_statistics(self.render_truth(eyes), eyes.identity)
-            figures["fid"] = known.pooled.distance(truth.pooled)
-            figures["sfid"] = known.spatial.distance(truth.spatial)
-            other = self.rows / Row(seed=OTHER_SEED).folder / STATISTICS
-            if other.exists() and row.seed == PICTURE_SEED:
-                to = load_statistics(other, eyes.identity)
-                figures["to_full_precision"] = known.pooled.distance(to.pooled)
+    def figures(self, row: Row, eyes: ScorerNetwork) -> dict[str, Any]:
+        """Of what there is of a row."""
+        batches, latents = self.whole(row), self.kept(row)
+        figures: dict[str, Any] = {"pictures": batches[-1].stop, "at": {}}
+        for key, name in (("latent", Row()), ("latent_own_weights", Row(row.weight_bit))):
+            paired = row.seed == PICTURE_SEED and name != row and self.whole(name)
+            figures[key] = latent_figures(self.kept(name), latents) if paired else None
+        counts = counts_of(figures["pictures"], eyes.identity)
+        truth, other = self.rendered(eyes, counts), {}
+        if row.seed == PICTURE_SEED:
+            noise = Row(seed=OTHER_SEED)
+            drawn = drawn_features(self.rows / noise.folder, self.whole(noise))
+            other = {n: moments_of(s) for n, s in growing(drawn, eyes.identity, counts)}
+        drawn = drawn_features(self.rows / row.folder, batches)
+        for count, statistics in growing(drawn, eyes.identity, counts):
+            figures["at"][str(count)] = set_figures(statistics, count, truth, other)
         return figures
+
+    def whole(self, row: Row) -> list[range]:
+        return whole_batches(self.rows / row.folder, self.batches)
+
+    def kept(self, row: Row) -> np.ndarray:
+        kept = [batch for batch in self.whole(row) if batch.start < self.latents]
+        return kept_latents(self.rows / row.folder, kept)
+
+    def judge(self, rows: Sequence[Row], eyes: ScorerNetwork, took: Took | None = None) -> None:
+        """Writes the results of rows, as far as they are drawn; `took` is what drawing took."""
+        for row in rows:
+            if not self.whole(row):
+                continue
+            path = self.results / f"{row.folder}.json"
+            known = merged([self.results]).get(row.name, {}) if path.exists() else {}
+            drawn, seconds = known.get("drawn", 0), known.get("seconds", 0.0)
+            if took is not None:
+                drawn, seconds = drawn + took.pictures, seconds + took.seconds
+            head = {"name": row.name, "steps": self.steps, "batch": self.batch}
+            head |= {
+                "drawn": drawn,
+                "seconds": seconds,
+                "measured": known.get("measured", measured()),
+            }
+            save_result(path, head | self.figures(row, eyes))
+
+
+def measured() -> dict[str, Any]:
+    """Where a row was drawn: rows of several machines may stand side by side."""
+    here = machine()
+    return {key: here[key] for key in ("device", "mlx", "date")}
 
 
 def together(path: Path) -> Path:
@@ -218,28 +271,18 @@ def together(path: Path) -> Path:
     return path
 
 
-def latent_figures(wanted: np.ndarray, got: np.ndarray) -> dict[str, Any]:
-    """dB of each picture's finished latent."""
-    axes = (1, 2, 3)
-    signal = np.square(wanted, dtype=np.float64).sum(axis=axes)
-    error = np.square(np.subtract(wanted, got, dtype=np.float64)).sum(axis=axes)
-    values = np.array([decibel(s, e) for s, e in zip(signal, error, strict=True)])
-    return {
-        "mean": float(values.mean()),
-        "interval": bootstrap_interval(values),
-        "median": float(np.median(values)),
-        "worst": float(values.min()),
-        "pooled": decibel(float(signal.sum()), float(error.sum())),
-    }
-
-
-def report(bench: Bench, rows: dict[str, dict[str, Any]]) -> None:
-    judged = [goal.judged(rows) for goal in goals()] + [auto_line(rows, bits) for bits in (8, 4)]
+def report(bench: Bench, merge: Sequence[Path]) -> None:
+    """The table of all results that there are, in the order of the rows."""
+    found = merged([bench.results, *merge])
+    rows = {row.name: found[row.name] for row in all_rows() if row.name in found}
+    judged = [goal.judged(rows) for goal in goals()] + [text for text in auto_lines(rows)]
     lines = [
-        f"nano, {bench.num_pictures} pictures a row, {bench.steps} steps, guidance 4, each row the "
-        f"same captions and noise; dB over the first {bench.latents}. Dynamic scales are those of "
-        "each picture. FID and sFID are to the rendered scenes of the same captions; the last "
-        "column is the Fréchet distance to full precision's pictures from other noise.",
+        f"nano, {bench.steps} steps, guidance 4, each row the same captions and noise; dB over the "
+        f"first {KEPT_LATENTS} pictures where there are so many. Dynamic scales are those of each "
+        "picture. FID and sFID are to as many rendered scenes of the same captions as the row has "
+        "pictures; the last column is the Fréchet distance to as many of full precision's pictures "
+        "from other noise. These distances fall as sets grow, so only those of equal counts can be "
+        "compared, as it is done below.",
         "",
         *HEAD,
         *(line(name, row) for name, row in rows.items()),
@@ -251,9 +294,7 @@ def report(bench: Bench, rows: dict[str, dict[str, Any]]) -> None:
     ]
     data = {
         "machine": machine(),
-        "pictures": bench.num_pictures,
         "steps": bench.steps,
-        "batch": bench.batch,
         "tracks": {k: v for k, v in bench.tracks.items() if k in KEPT},
         "rows": rows,
     }
@@ -262,10 +303,14 @@ def report(bench: Bench, rows: dict[str, dict[str, Any]]) -> None:
 
 @click.command()
 @click.option("--work", type=Path, default=Path("modiff_work"), show_default=True, help="Folder.")
-@click.option("--num-pictures", default=2000, show_default=True, help="A row.")
+@click.option("--num-pictures", default=2000, show_default=True, help="A row, in the end.")
+@click.option("--each", type=int, help="Pictures that a row has after this run.  [all]")
+@click.option("--seconds", type=float, help="After which no batch is begun.  [no limit]")
 @click.option("--steps", default=100, show_default=True, help="Of sampling.")
 @click.option("--batch", default=256, show_default=True, help="Pictures at once.")
 @click.option("--rows", help="Parts of rows' names, separated by semicolons.  [default: all]")
+@click.option("--report-only", is_flag=True, help="Draw nothing; judge what is there.")
+@click.option("--merge", type=Path, multiple=True, help="A folder of other results; repeat.")
 @click.option("--adaround-output-8", type=Path, help="Weights of 8 bits.  [made in --work]")
 @click.option("--adaround-output-4", type=Path, help="Weights of 4 bits.  [made in --work]")
 @click.option("--quant-config", type=Path, help="That they were rounded with.  [made in --work]")
@@ -275,30 +320,57 @@ def report(bench: Bench, rows: dict[str, dict[str, Any]]) -> None:
 @click.option("--iters", default=1000, show_default=True, help="Of learned rounding.")
 @click.option("--num-images", default=16, show_default=True, help="To calibrate with.")
 def main(
-    work: Path, num_pictures: int, steps: int, batch: int, rows: str | None, **tracks: Any
+    work: Path,
+    num_pictures: int,
+    each: int | None,
+    seconds: float | None,
+    steps: int,
+    batch: int,
+    rows: str | None,
+    report_only: bool,
+    merge: Sequence[Path],
+    **tracks: Any,
 ) -> None:
     """Measure MoDiff on nano."""
-    bench, eyes, ranks = (
+    ranks, limit = Ranks.here(), Limit(seconds, each)
+    if seconds is not None and ranks.size > 1:
+        raise click.UsageError("--seconds is for one process; split the work by --rows")
+    bench, eyes, chosen = (
         Bench(work, num_pictures, steps, batch, tracks),
         ScorerNetwork(),
-        Ranks.here(),
+        by_priority(chosen_rows(rows)),
     )
-    chosen = chosen_rows(rows)
     if ranks.rank == 0:
-        work.mkdir(parents=True, exist_ok=True)
+        bench.results.mkdir(parents=True, exist_ok=True)
         write_bytes(bench.prompts, "\n".join(captions(bench.scenes())).encode() + b"\n")
-        if num_pictures > max(eyes.identity.pooled, eyes.identity.spatial):
-            bench.render_truth(eyes)
     ranks.barrier()
-    for bits in sorted({row.weight_bit for row in chosen} - {SIXTEEN}):
+    if not report_only:
+        draw_rows(bench, chosen, eyes, limit, merge)
+    if ranks.rank == 0:
+        bench.judge(all_rows(), eyes)  # some rows are compared with ones that came later
+        report(bench, merge)
+
+
+def draw_rows(
+    bench: Bench, rows: Sequence[Row], eyes: ScorerNetwork, limit: Limit, merge: Sequence[Path]
+) -> None:
+    ranks = Ranks.here()
+    for bits in sorted({row.weight_bit for row in rows} - {SIXTEEN}):
         bench.weights(bits)  # on all ranks: the stages split their work
-    for row in chosen:
-        bench.draw(row)
+    for row in rows:
+        if not limit.time_left():
+            click.echo(f"time is up before {row.name}; the same command goes on")
+            return
+        before, start = len(bench.whole(row)), time.perf_counter()
+        bench.draw(row, limit)
         ranks.barrier()
-        if ranks.rank == 0:
-            figures = bench.figures(eyes)
-            click.echo(line(row.name, figures[row.name]))
-            report(bench, figures)
+        new, spent = bench.whole(row)[before:], time.perf_counter() - start
+        took = Took(sum(len(b) for b in new), spent)
+        if ranks.rank == 0 and bench.whole(row):
+            bench.judge([row], eyes, took if new else None)
+            report(bench, merge)
+            click.echo(line(row.name, merged([bench.results])[row.name]))
+            click.echo(f"{took.pictures} pictures in {took.seconds:.1f} s")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -10,7 +10,8 @@ from src.errors import UserError
 
 EXACT, OTHER = "full precision", "full precision, other noise"
 PICTURE_SEED, OTHER_SEED = 100_000, 900_000
-SIXTEEN, STATIC, DYNAMIC = 16, "static", "tensor"
+SIXTEEN, STATIC, DYNAMIC, RANGE = 16, "static", "tensor", "range"
+SCALES = {STATIC: "static", DYNAMIC: "dynamic", RANGE: "each token's range"}
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class Row:
     modulate: str | None = None
     scale: str = STATIC
     seed: int = PICTURE_SEED
+    rest_bit: int | None = None  # of layers that auto leaves; none: act_bit
 
     @property
     def name(self) -> str:
@@ -31,7 +33,8 @@ class Row:
         if self.act_bit == SIXTEEN:
             return name
         how = {None: "plain", "all": "MoDiff", "auto": "MoDiff auto, a quarter"}[self.modulate]
-        return f"{name} {how} {'static' if self.scale == STATIC else 'dynamic'}"
+        how += "" if self.rest_bit is None else f", rest A{self.rest_bit}"
+        return f"{name} {how} {SCALES[self.scale]}"
 
     @property
     def folder(self) -> str:
@@ -55,7 +58,24 @@ def all_rows() -> list[Row]:
             for scale in scales
             for how in (None, "all")
         ]
-    return [*rows, Row(8, 8, "auto", DYNAMIC), Row(8, 4, "auto", DYNAMIC)]
+    rows += [Row(8, bits, None, RANGE) for bits in (8, 6, 4)]
+    rows += [Row(8, 8, "auto", scale) for scale in (STATIC, DYNAMIC)]
+    rows += [Row(8, bits, "auto", DYNAMIC, rest_bit=rest) for bits in (6, 4) for rest in (None, 8)]
+    return rows
+
+
+PRIORITY = ((8, 8), (4, 8), (8, 6), (8, 4), (4, 4), (8, 3), (8, SIXTEEN), (4, SIXTEEN))
+
+
+def by_priority(rows: list[Row]) -> list[Row]:
+    """In the order in which they are drawn: what others are compared with comes first, then what
+    the goals ask for most."""
+    first = {pair: place for place, pair in enumerate(((SIXTEEN, SIXTEEN), *PRIORITY))}
+
+    def place(row: Row) -> tuple[bool, int]:
+        return row.modulate == "auto", first.get((row.weight_bit, row.act_bit), len(first))
+
+    return sorted(rows, key=place)
 
 
 def chosen_rows(patterns: str | None) -> list[Row]:
@@ -72,24 +92,26 @@ def chosen_rows(patterns: str | None) -> list[Row]:
 
 
 HEAD = [
-    "| | latent, dB: mean (interval) | median | worst | to its own weights in floats, dB | FID | "
-    "sFID | Inception Score | to full precision |",
-    "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+    "| | pictures | latent, dB: mean (interval) | median | worst | to its own weights in floats, "
+    "dB | FID | sFID | Inception Score | to full precision |",
+    "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
 ]
 
 
 def line(name: str, row: dict[str, Any]) -> str:
     latent, own = row["latent"], row["latent_own_weights"]
-    cells = [name, "", "", "", "" if own is None else f"{own['mean']:.1f}"]
+    pictures = row["pictures"]
+    cells = [name, f"{pictures:,}", "", "", "", "" if own is None else f"{own['mean']:.1f}"]
     if latent is not None:
         low, high = latent["interval"]
-        cells[1] = f"{latent['mean']:.1f} ({low:.1f} to {high:.1f})"
-        cells[2], cells[3] = f"{latent['median']:.1f}", f"{latent['worst']:.1f}"
+        cells[2] = f"{latent['mean']:.1f} ({low:.1f} to {high:.1f})"
+        cells[3], cells[4] = f"{latent['median']:.1f}", f"{latent['worst']:.1f}"
+    sets = row["at"].get(str(pictures), {})
     for key in ("fid", "sfid"):
-        cells.append(f"{row[key]:.4f}" if key in row else "")
-    score = row.get("inception_score")
+        cells.append(f"{sets[key]:.4f}" if key in sets else "")
+    score = sets.get("inception_score")
     cells.append("" if score is None else "{:.2f} ± {:.2f}".format(*score))
-    cells.append(f"{row['to_full_precision']:.4f}" if "to_full_precision" in row else "")
+    cells.append(f"{sets['to_full_precision']:.4f}" if "to_full_precision" in sets else "")
     return f"| {' | '.join(cells)} |"
 
 
@@ -105,19 +127,33 @@ class Goal:
     factor: float = 1.0
 
     def judged(self, rows: dict[str, dict[str, Any]]) -> str | None:
-        """One line, where both rows are there."""
-        found = [figure_of(rows.get(name), self.key) for name in (self.row, self.other)]
+        """One line, where both rows are there; distances of sets are compared at equal counts, as
+        a set's size is part of its distance."""
+        pair = [rows.get(name) for name in (self.row, self.other)]
+        of_sets = not self.key.startswith("latent")
+        count = common_count(*pair, self.key) if of_sets and None not in pair else None
+        found = [at_count(r, count, self.key) if of_sets else mean_of(r, self.key) for r in pair]
         if None in found:
             return None
         got, bound = found[0], found[1] * self.factor + self.offset
-        met = got >= bound if self.key.startswith("latent") else got <= bound
-        verdict = "reached" if met else "not reached"
-        return f"- {self.text}: {got:.4g}, bound {bound:.4g}: {verdict}"
+        verdict = "reached" if (got <= bound if of_sets else got >= bound) else "not reached"
+        where = f" (of {count:,} pictures each)" if of_sets else ""
+        return f"- {self.text}: {got:.4g}, bound {bound:.4g}: {verdict}{where}"
 
 
-def figure_of(row: dict[str, Any] | None, key: str) -> float | None:
+def common_count(one: dict[str, Any], other: dict[str, Any], key: str) -> int | None:
+    """The most pictures of which both rows have the figure."""
+    counts = [{int(n) for n, sets in row["at"].items() if key in sets} for row in (one, other)]
+    return max(counts[0] & counts[1], default=None)
+
+
+def at_count(row: dict[str, Any] | None, count: int | None, key: str) -> float | None:
+    return None if row is None or count is None else row["at"][str(count)][key]
+
+
+def mean_of(row: dict[str, Any] | None, key: str) -> float | None:
     value = None if row is None else row.get(key)
-    return value["mean"] if isinstance(value, dict) else value
+    return None if value is None else value["mean"]
 
 
 def goals() -> list[Goal]:
@@ -188,18 +224,28 @@ def asked_for() -> list[Goal]:
     return found
 
 
-def auto_line(rows: dict[str, dict[str, Any]], bits: int) -> str | None:
+def auto_lines(rows: dict[str, dict[str, Any]]) -> list[str]:
     """How much of the gain a quarter of the cache keeps."""
-    names = [f"W8A{bits} {how} dynamic" for how in ("plain", "MoDiff auto, a quarter", "MoDiff")]
-    values = [figure_of(rows.get(name), "latent_own_weights") for name in names]
+    return [
+        text
+        for row in all_rows()
+        if row.modulate == "auto" and (text := auto_line(rows, row)) is not None
+    ]
+
+
+def auto_line(rows: dict[str, dict[str, Any]], row: Row) -> str | None:
+    names = [replace(row, modulate=how, rest_bit=None).name for how in (None, "all")]
+    values = [mean_of(rows.get(name), "latent_own_weights") for name in (*names, row.name)]
     if None in values:
         return None
-    plain, part, whole = values
+    plain, whole, part = values
     kept = (part - plain) / (whole - plain)
     errors = [10 ** (-value / 10) for value in values]
-    removed = (errors[0] - errors[1]) / (errors[0] - errors[2])
-    verdict = "reached" if kept >= 0.8 else "not reached"
+    removed = (errors[0] - errors[2]) / (errors[0] - errors[1])
+    verdict = "bound 80 %: " + ("reached" if kept >= 0.8 else "not reached")
+    if row.rest_bit is not None:
+        verdict = f"its other layers have A{row.rest_bit}, so nothing is judged"
     return (
-        f"- W8A{bits}, auto on a quarter of the cache: keeps {100 * kept:.0f} % of the gain in dB, "
-        f"bound 80 %: {verdict}; removes {100 * removed:.0f} % of the error that all layers remove"
+        f"- {row.name}: keeps {100 * kept:.0f} % of the gain in dB, {verdict}; removes "
+        f"{100 * removed:.0f} % of the error that all layers remove"
     )
