@@ -10,7 +10,7 @@ from typing import Any
 
 import mlx.nn as nn
 
-from ..models.mmdit import NoiseLevel
+from ..models.hooks import NoiseLevel
 from ..models.pipeline import Pipeline
 from ..quant.modulated import Modulated
 from ..quant.residual_scales import STATIC

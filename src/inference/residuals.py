@@ -12,7 +12,8 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
 from ..errors import UserError
-from ..models.mmdit import MMDiT, NoiseLevel
+from ..models.hooks import NoiseLevel
+from ..models.mmdit import MMDiT
 from ..models.paths import BLOCKS, MODULATION
 from ..models.pipeline import Pipeline
 from ..quant.grid import check_bits

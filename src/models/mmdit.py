@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Protocol
+from contextlib import nullcontext
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -22,6 +21,7 @@ import mlx.nn as nn
 from ..errors import UserError
 from .configs import MMDiTConfig
 from .gelu import gelu_tanh
+from .hooks import Ends, Memory, NoiseLevel, RunBlock, run_block
 from .paths import BLOCKS, MODULATION
 
 NORM_EPS = 1e-6
@@ -272,44 +272,6 @@ class FinalLayer(nn.Module):
         return self.linear(modulate(x, *self.adaLN_modulation.split(vector)))
 
 
-class NoiseLevel(Protocol):
-    """What layers read that compute differently at different noise levels."""
-
-    def set_sigma(self, sigma: mx.array | float) -> None:
-        """One sigma, or one for each row of the batch."""
-
-    def at(self, sigma: mx.array | float) -> AbstractContextManager[None]:
-        """The same while a context lasts."""
-
-
-class Memory(Protocol):
-    """What layers keep from one step of a picture to the next."""
-
-    arrays: dict[str, list[mx.array]]  # a compiled step's inputs and outputs
-
-    def reset(self) -> None:
-        """The next step is the first of another picture."""
-
-    def watched(self, velocity: Callable[..., mx.array]) -> Callable[..., mx.array]:
-        """The velocity of (latent, sigma), with an error where its steps do not hang together."""
-
-
-class RunBlock(Protocol):
-    def __call__(
-        self,
-        index: int,
-        block: Callable[..., tuple[mx.array, mx.array | None]],
-        *inputs: mx.array,
-    ) -> tuple[mx.array, mx.array | None]:
-        """What block number `index` makes of its inputs: `block(*inputs)`."""
-
-
-def run_block(
-    index: int, block: Callable[..., tuple[mx.array, mx.array | None]], *inputs: mx.array
-) -> tuple[mx.array, mx.array | None]:
-    return block(*inputs)
-
-
 class MMDiT(nn.Module):
     """Predicts the velocity of a noised latent, for all sizes of SD3 and SD3.5 and for nano."""
 
@@ -325,12 +287,10 @@ class MMDiT(nn.Module):
         self.final_layer = FinalLayer(config)
         self._level: NoiseLevel | None = None
         self._run_block: RunBlock = run_block
-        self._ends: tuple[Callable, Callable] | None = None
+        self._ends: Ends | None = None
         self.memory: Memory | None = None  # of layers that keep something, where there are such
 
-    def run_blocks_with(
-        self, run: RunBlock | None, ends: tuple[Callable, Callable] | None = None
-    ) -> None:
+    def run_blocks_with(self, run: RunBlock | None, ends: Ends | None = None) -> None:
         """Every call lets this run each block from now on, and takes these in the place of `begin`
         and `end`; None ends that."""
         self._run_block, self._ends = run or run_block, ends
