@@ -116,10 +116,23 @@ def multiply_header(variant: Variant) -> str:
     return text("tiles") + text("finish") + generated + text(variant.file)
 
 
+def bounded(blocks: int) -> str:
+    """The end of a quantizer's header: its registers must leave room for that many blocks."""
+    return f"""
+#undef __global__
+#define __global__ __attribute__((global)) __launch_bounds__({QUANTIZE_THREADS}, {blocks})
+"""
+
+
 QUANTIZE = """
-ditq::quantize_rows<TOKEN, SHIFT, SMOOTH>(
-    x, given, limits, shifts, smoothing, codes, scales, x_shape[0], x_shape[1], limits_shape[0],
-    shifts_shape[0]);
+if (x_shape[1] % ditq::CHUNK == 0 && size_t(x) % 16 == 0)
+  ditq::quantize_rows<true, TOKEN, SHIFT, SMOOTH>(
+      x, given, limits, shifts, smoothing, codes, scales, x_shape[0], x_shape[1],
+      limits_shape[0], shifts_shape[0]);
+else
+  ditq::quantize_rows<false, TOKEN, SHIFT, SMOOTH>(
+      x, given, limits, shifts, smoothing, codes, scales, x_shape[0], x_shape[1],
+      limits_shape[0], shifts_shape[0]);
 """
 # All in float32, in one pass: `gains` and `offsets` are the modulation's scale and shift.
 NORMALIZE = """
@@ -129,9 +142,14 @@ const ditq::Lines<T> gain{
     gains, gains_strides[0], 0, gains_strides[1], rows / gains_shape[0]};
 const ditq::Lines<T> offset{
     offsets, offsets_strides[0], 0, offsets_strides[1], rows / offsets_shape[0]};
-ditq::normalize_rows<HELD, TOKEN, SHIFT, SMOOTH>(
-    lines, gain, offset, given, limits, shifts, smoothing, codes, scales, rows, x_shape[2],
-    limits_shape[0], shifts_shape[0], EPSILON);
+if (x_shape[2] % ditq::CHUNK == 0 && lines.in_words() && gain.in_words() && offset.in_words())
+  ditq::normalize_rows<true, HELD, TOKEN, SHIFT, SMOOTH>(
+      lines, gain, offset, given, limits, shifts, smoothing, codes, scales, rows, x_shape[2],
+      limits_shape[0], shifts_shape[0], EPSILON);
+else
+  ditq::normalize_rows<false, HELD, TOKEN, SHIFT, SMOOTH>(
+      lines, gain, offset, given, limits, shifts, smoothing, codes, scales, rows, x_shape[2],
+      limits_shape[0], shifts_shape[0], EPSILON);
 """
 UNPACK = """
 ditq::unpack_weight<BITS>(packed, tiles, packed_shape[0], packed_shape[1]);
@@ -154,14 +172,19 @@ ditq::multiply(
 """
 MULTIPLY_ADDED = """
 const int rows = row_scales_shape[0], width = weight_scales_shape[0];
-const ditq::ToSum<T> finish{
-    ditq::ToFloats<T>{row_scales, reinterpret_cast<const float4*>(columns), y, rows, width},
-    ditq::Lines<T>{
-        residual, residual_strides[0], residual_strides[1], residual_strides[2],
-        residual_shape[1]},
-    ditq::Lines<T>{gates, gates_strides[0], 0, gates_strides[1], rows / gates_shape[0]}};
-ditq::multiply(
-    a, b, (rows + 127) / 128, (width + TILE - 1) / TILE, b_shape[1], finish);
+const int row_tiles = (rows + 127) / 128, column_tiles = (width + TILE - 1) / TILE;
+const ditq::ToFloats<T> product{
+    row_scales, reinterpret_cast<const float4*>(columns), y, rows, width};
+const ditq::Lines<T> lines{
+    residual, residual_strides[0], residual_strides[1], residual_strides[2], residual_shape[1]};
+const ditq::Lines<T> gate{gates, gates_strides[0], 0, gates_strides[1], rows / gates_shape[0]};
+if (ditq::in_words(product, lines, gate))
+  ditq::multiply(
+      a, b, row_tiles, column_tiles, b_shape[1],
+      ditq::ToSum<T, sizeof(T) == 2>{product, lines, gate});
+else
+  ditq::multiply(
+      a, b, row_tiles, column_tiles, b_shape[1], ditq::ToSum<T, false>{product, lines, gate});
 """
 OPERANDS = ("a", "b", "row_scales", "weight_scales", "columns")
 
@@ -173,18 +196,18 @@ def quantize_kernel() -> Any:
         input_names=["x", "given", "limits", "shifts", "smoothing"],
         output_names=["codes", "scales"],
         source=QUANTIZE,
-        header=text("tiles") + text("quantize"),
+        header=text("tiles") + text("quantize") + bounded(3),
     )
 
 
 @lru_cache
-def normalize_kernel(eps: float) -> Any:
+def normalize_kernel(eps: float, held: int) -> Any:
     return mx.fast.cuda_kernel(
         name="ditq_normalize",
         input_names=["x", "gains", "offsets", "given", "limits", "shifts", "smoothing"],
         output_names=["codes", "scales"],
         source=f"constexpr float EPSILON = {float(eps)!r}f;{NORMALIZE}",
-        header=text("tiles") + text("quantize") + text("normalize"),
+        header=text("tiles") + text("quantize") + text("normalize") + bounded(1 + (held <= 3)),
         ensure_row_contiguous=False,  # parts of larger arrays are read where they lie
     )
 
@@ -254,9 +277,10 @@ def quantize_modulated(x: mx.array, modulation: Modulation, grid: InputGrid) -> 
     """Codes of the modulated layer norm of (batch, tokens, columns) floats, in one pass."""
     batch, tokens, columns = x.shape
     read = map(mx.contiguous, grid.arrays(columns))
-    tiles, scales = normalize_kernel(modulation.eps)(
+    held = pieces(columns, 32 * CHUNK)
+    tiles, scales = normalize_kernel(modulation.eps, held)(
         inputs=[x, modulation.scale, modulation.shift, *read],
-        template=[*grid.flags(), ("T", x.dtype), ("HELD", pieces(columns, 32 * CHUNK))],
+        template=[*grid.flags(), ("T", x.dtype), ("HELD", held)],
         **by_rows(batch * tokens, columns),
     )
     return Codes(tiles, scales[: batch * tokens], columns)

@@ -1,7 +1,9 @@
 // What becomes of the sums. Both matrix kernels hand over pieces of 16 rows and 32 columns as the
 // tensor cores leave them: of the four blocks of 8 columns, sums[4 b + 0, 1] lie in row `row`,
 // columns 8 b + 2 q and the next, sums[4 b + 2, 3] in row + 8; q is the lane within its quad. What
-// a piece needs beside its sums is loaded while the one before is finished: `load`, then the call.
+// a thread needs of its two rows is found once a tile, whose first column is `column`: `at`. What a
+// piece needs beside its sums is loaded while the one before is finished: `load`, then the call,
+// both with `offset`, the piece's first column within the tile, which the compiler knows.
 
 namespace ditq {
 
@@ -29,13 +31,15 @@ __device__ __forceinline__ float load_here(const float* place) {
   return v;
 }
 
-// A row's scale and that of row + 8.
-struct RowScales {
+// A row, the tile's first column, the row's scale and that of row + 8.
+struct ScaledRows {
+  int row, column;
   float upper, lower;
 };
 
-__device__ __forceinline__ RowScales load_scales(const float* scales, int row, int rows) {
-  return {row < rows ? load_here(scales + row) : 0.0f,
+__device__ __forceinline__ ScaledRows scaled_rows(
+    const float* scales, int row, int column, int rows) {
+  return {row, column, row < rows ? load_here(scales + row) : 0.0f,
           row + 8 < rows ? load_here(scales + row + 8) : 0.0f};
 }
 
@@ -86,56 +90,67 @@ struct ToFloats {
   T* y;
   int rows, width;
 
+  using Rows = ScaledRows;
   struct Ahead {
-    RowScales scales;
     float4 columns[4];
   };
 
-  __device__ __forceinline__ Ahead load(int row, int column) const {
+  __device__ __forceinline__ Rows at(int row, int column) const {
+    return scaled_rows(row_scales, row, column, rows);
+  }
+
+  template <int WIDTH>
+  __device__ __forceinline__ void expect(int, int) const {} // nothing that is not at hand
+
+  __device__ __forceinline__ Ahead load(const Rows& here, int offset) const {
+    const int place = here.column / 2 + threadIdx.x % 4;
     Ahead found;
-    found.scales = load_scales(row_scales, row, rows);
 #pragma unroll
     for (int b = 0; b < 4; b++)
-      found.columns[b] = load_here(columns + (column + 8 * b) / 2 + threadIdx.x % 4);
+      found.columns[b] = load_here(columns + place + (offset / 2 + 4 * b));
     return found;
   }
 
   __device__ __forceinline__ void operator()(
-      const int* sums, int row, int column, const Ahead& ahead) const {
+      const int* sums, const Rows& here, int offset, const Ahead& ahead) const {
+    const int column = here.column + offset;
     float first[8], second[8];
-    scaled(first, second, sums, ahead);
-    write(first, row, column);
-    write(second, row + 8, column);
+    scaled(first, second, sums, here, ahead);
+    write(first, here.row, column);
+    write(second, here.row + 8, column);
   }
 
   // This lane's numbers of the row and of row + 8: two of each block of 8 columns.
   static __device__ __forceinline__ void scaled(
-      float (&first)[8], float (&second)[8], const int* sums, const Ahead& ahead) {
-    const float upper = ahead.scales.upper, lower = ahead.scales.lower;
+      float (&first)[8], float (&second)[8], const int* sums, const Rows& here,
+      const Ahead& ahead) {
 #pragma unroll
     for (int b = 0; b < 4; b++) {
       const float4 p = ahead.columns[b];
-      first[2 * b] = fmaf(float(sums[4 * b]), upper * p.x, p.z);
-      first[2 * b + 1] = fmaf(float(sums[4 * b + 1]), upper * p.y, p.w);
-      second[2 * b] = fmaf(float(sums[4 * b + 2]), lower * p.x, p.z);
-      second[2 * b + 1] = fmaf(float(sums[4 * b + 3]), lower * p.y, p.w);
+      first[2 * b] = fmaf(float(sums[4 * b]), here.upper * p.x, p.z);
+      first[2 * b + 1] = fmaf(float(sums[4 * b + 1]), here.upper * p.y, p.w);
+      second[2 * b] = fmaf(float(sums[4 * b + 2]), here.lower * p.x, p.z);
+      second[2 * b + 1] = fmaf(float(sums[4 * b + 3]), here.lower * p.y, p.w);
     }
+  }
+
+  // Where the width is a multiple of 8 and T has 16 bits.
+  __device__ __forceinline__ void write_words(const float (&v)[8], int row, int column) const {
+    unsigned word[4];
+#pragma unroll
+    for (int b = 0; b < 4; b++) word[b] = pair_of<T>(v[2 * b], v[2 * b + 1]);
+    transpose(word);
+    const int place = column + 8 * (threadIdx.x % 4);
+    if (row < rows && place < width)
+      *reinterpret_cast<uint4*>(y + size_t(row) * width + place) =
+          make_uint4(word[0], word[1], word[2], word[3]);
   }
 
   __device__ __forceinline__ void write(const float (&v)[8], int row, int column) const {
     const int q = threadIdx.x % 4;
     T* line = y + size_t(row) * width;
     if constexpr (sizeof(T) == 2) {
-      if (width % 8 == 0) {
-        unsigned word[4];
-#pragma unroll
-        for (int b = 0; b < 4; b++) word[b] = pair_of<T>(v[2 * b], v[2 * b + 1]);
-        transpose(word);
-        const int place = column + 8 * q;
-        if (row < rows && place < width)
-          *reinterpret_cast<uint4*>(line + place) = make_uint4(word[0], word[1], word[2], word[3]);
-        return;
-      }
+      if (width % 8 == 0) return write_words(v, row, column);
     } else if (width % 2 == 0) {
 #pragma unroll
       for (int b = 0; b < 4; b++) {
@@ -153,99 +168,121 @@ struct ToFloats {
   }
 };
 
-// residual + gate * y, rounded once; y is what ToFloats gives, the gate one vector a batch entry.
+// Whether a gated sum can be read and written in words, and no piece ends beyond the last column:
+// what `ToSum` calls WORDS.
 template <class T>
+__device__ __forceinline__ bool in_words(
+    const ToFloats<T>& product, const Lines<T>& residual, const Lines<T>& gates) {
+  return sizeof(T) == 2 && product.width % 32 == 0 && residual.in_words() && gates.in_pairs();
+}
+
+// residual + gate * y, rounded once; y is what ToFloats gives, the gate one vector a batch entry.
+// WORDS leaves out all that other places would take: a tile's end runs once through code that is
+// unrolled for every sum, and what does not fit in the instruction cache is fetched tile by tile.
+template <class T, bool WORDS>
 struct ToSum {
   ToFloats<T> product;
   Lines<T> residual, gates;
-  bool in_words; // of the residual and of the product's width
 
-  __device__ __forceinline__ ToSum(
-      const ToFloats<T>& product, const Lines<T>& residual, const Lines<T>& gates)
-      : product(product), residual(residual), gates(gates),
-        in_words(sizeof(T) == 2 && product.width % 8 == 0 && residual.in_words()) {}
-
+  struct Rows {
+    ScaledRows scaled;
+    // WORDS: from this lane's first column in the tile on; those of the last row for rows below.
+    const T *upper, *lower, *upper_gate, *lower_gate;
+  };
   struct Ahead {
     typename ToFloats<T>::Ahead product;
     uint4 upper, lower; // the residual, 8 columns of a row and of row + 8
+    unsigned gate[4]; // of the upper row, two columns of each block of 8
   };
 
-  __device__ __forceinline__ Ahead load(int row, int column) const {
-    Ahead found;
-    found.upper = words(row, column);
-    found.lower = words(row + 8, column);
-    found.product = product.load(row, column);
+  __device__ __forceinline__ Rows at(int row, int column) const {
+    Rows found = {product.at(row, column)};
+    if constexpr (WORDS) {
+      const int upper = last(row), lower = last(row + 8), q = threadIdx.x % 4;
+      found.upper = residual.at(upper) + column + 8 * q;
+      found.lower = residual.at(lower) + column + 8 * q;
+      found.upper_gate = gates.at(upper) + column + 2 * q;
+      found.lower_gate = gates.at(lower) + column + 2 * q;
+    }
     return found;
   }
 
-  __device__ __forceinline__ uint4 words(int row, int column) const {
-    const int place = column + 8 * (threadIdx.x % 4);
-    if (!in_words || row >= product.rows || place >= product.width) return make_uint4(0, 0, 0, 0);
-    return load_here(reinterpret_cast<const uint4*>(residual.at(row) + place));
+  __device__ __forceinline__ int last(int row) const { return min(row, product.rows - 1); }
+
+  // Brings the residual of 128 rows by WIDTH columns near while 256 threads' products are made.
+  template <int WIDTH>
+  __device__ __forceinline__ void expect(int first_row, int first_column) const {
+    if constexpr (WORDS) {
+      constexpr int STEP = 64; // numbers: 128 bytes
+      const int row = first_row + threadIdx.x / 2, half = threadIdx.x % 2 * STEP;
+      if (row >= product.rows) return;
+      const T* line = residual.at(row) + first_column + half;
+#pragma unroll
+      for (int i = 0; i < WIDTH; i += 2 * STEP)
+        if (i + half < WIDTH && first_column + i + half < product.width)
+          asm volatile("prefetch.global.L2 [%0];" ::"l"(line + i));
+    }
+  }
+
+  __device__ __forceinline__ Ahead load(const Rows& here, int offset) const {
+    Ahead found;
+    if constexpr (WORDS) {
+      if (here.scaled.column + offset < product.width) {
+        found.upper = load_here(reinterpret_cast<const uint4*>(here.upper + offset));
+        found.lower = load_here(reinterpret_cast<const uint4*>(here.lower + offset));
+        load_gate(found.gate, here.upper_gate + offset);
+      }
+    }
+    found.product = product.load(here.scaled, offset);
+    return found;
   }
 
   __device__ __forceinline__ void operator()(
-      const int* sums, int row, int column, const Ahead& ahead) const {
-    float first[8], second[8], gate[8];
-    product.scaled(first, second, sums, ahead.product);
-    const T* upper = gate_of(row);
-    const T* lower = gate_of(row + 8);
-    load_gate(gate, upper, column);
-    add(first, gate, ahead.upper, row, column);
-    product.write(first, row, column);
-    if (upper != lower) load_gate(gate, lower, column);
-    add(second, gate, ahead.lower, row + 8, column);
-    product.write(second, row + 8, column);
-  }
-
-  __device__ __forceinline__ const T* gate_of(int row) const {
-    return gates.at(min(row, product.rows - 1));
-  }
-
-  // Two columns of each block of 8; zero beyond the last.
-  __device__ __forceinline__ void load_gate(float (&gate)[8], const T* line, int column) const {
-    const int q = threadIdx.x % 4, width = product.width;
-    if constexpr (sizeof(T) == 2) {
-      if (width % 2 == 0 && gates.column == 1 && size_t(line) % 4 == 0) {
-#pragma unroll
-        for (int b = 0; b < 4; b++) {
-          const int place = column + 8 * b + 2 * q;
-          const unsigned* word = reinterpret_cast<const unsigned*>(line + place);
-          const float2 pair = floats_of<T>(place < width ? load_here(word) : 0u);
-          gate[2 * b] = pair.x, gate[2 * b + 1] = pair.y;
-        }
-        return;
-      }
+      const int* sums, const Rows& here, int offset, const Ahead& ahead) const {
+    const int row = here.scaled.row, column = here.scaled.column + offset;
+    float first[8], second[8];
+    product.scaled(first, second, sums, here.scaled, ahead.product);
+    if constexpr (WORDS) {
+      unsigned gate[4] = {ahead.gate[0], ahead.gate[1], ahead.gate[2], ahead.gate[3]};
+      add_words(first, gate, ahead.upper);
+      product.write_words(first, row, column);
+      if (here.upper_gate != here.lower_gate) load_gate(gate, here.lower_gate + offset);
+      add_words(second, gate, ahead.lower);
+      product.write_words(second, row + 8, column);
+    } else {
+      add(first, row, column);
+      product.write(first, row, column);
+      add(second, row + 8, column);
+      product.write(second, row + 8, column);
     }
+  }
+
+  static __device__ __forceinline__ void load_gate(unsigned (&gate)[4], const T* from) {
+#pragma unroll
+    for (int b = 0; b < 4; b++)
+      gate[b] = load_here(reinterpret_cast<const unsigned*>(from + 8 * b));
+  }
+
+  static __device__ __forceinline__ void add_words(
+      float (&v)[8], const unsigned (&gate)[4], const uint4& beside) {
+    unsigned word[4] = {beside.x, beside.y, beside.z, beside.w};
+    transpose(word);
+#pragma unroll
+    for (int b = 0; b < 4; b++) {
+      const float2 pair = floats_of<T>(word[b]), factor = floats_of<T>(gate[b]);
+      v[2 * b] = fmaf(v[2 * b], factor.x, pair.x);
+      v[2 * b + 1] = fmaf(v[2 * b + 1], factor.y, pair.y);
+    }
+  }
+
+  __device__ __forceinline__ void add(float (&v)[8], int row, int column) const {
+    const T *beside = residual.at(last(row)), *gate = gates.at(last(row));
 #pragma unroll
     for (int i = 0; i < 8; i++) {
-      const int place = column + 8 * (i / 2) + 2 * q + i % 2;
-      gate[i] = place < width ? float(line[place * gates.column]) : 0.0f;
-    }
-  }
-
-  __device__ __forceinline__ void add(
-      float (&v)[8], const float (&gate)[8], const uint4& beside, int row, int column) const {
-    const int q = threadIdx.x % 4;
-    if constexpr (sizeof(T) == 2) {
-      if (in_words) {
-        unsigned word[4] = {beside.x, beside.y, beside.z, beside.w};
-        transpose(word);
-#pragma unroll
-        for (int b = 0; b < 4; b++) {
-          const float2 pair = floats_of<T>(word[b]);
-          v[2 * b] = fmaf(v[2 * b], gate[2 * b], pair.x);
-          v[2 * b + 1] = fmaf(v[2 * b + 1], gate[2 * b + 1], pair.y);
-        }
-        return;
-      }
-    }
-    if (row >= product.rows) return;
-    const T* line = residual.at(row);
-#pragma unroll
-    for (int i = 0; i < 8; i++) {
-      const int place = column + 8 * (i / 2) + 2 * q + i % 2;
-      if (place < product.width) v[i] = fmaf(v[i], gate[i], float(line[place * residual.column]));
+      const int place = column + 8 * (i / 2) + 2 * (threadIdx.x % 4) + i % 2;
+      if (place < product.width)
+        v[i] = fmaf(v[i], float(gate[place * gates.column]),
+                    float(beside[place * residual.column]));
     }
   }
 };
@@ -275,28 +312,35 @@ struct ToCodes {
     return unsigned(__float2int_rn(fmaxf(fminf(v, limit), -limit))) & 0xff;
   }
 
+  using Rows = ScaledRows;
   struct Ahead {
-    RowScales scales;
     float4 columns[4], next[4];
   };
 
-  __device__ __forceinline__ Ahead load(int row, int column) const {
+  __device__ __forceinline__ Rows at(int row, int column) const {
+    return scaled_rows(row_scales, row, column, rows);
+  }
+
+  template <int WIDTH>
+  __device__ __forceinline__ void expect(int, int) const {} // nothing that is not at hand
+
+  __device__ __forceinline__ Ahead load(const Rows& here, int offset) const {
+    const int place = here.column / 2 + threadIdx.x % 4;
     Ahead found;
-    found.scales = load_scales(row_scales, row, rows);
 #pragma unroll
     for (int b = 0; b < 4; b++) {
-      const int place = (column + 8 * b) / 2 + threadIdx.x % 4;
-      found.columns[b] = load_here(columns + place);
-      found.next[b] = load_here(next + place);
+      found.columns[b] = load_here(columns + place + (offset / 2 + 4 * b));
+      found.next[b] = load_here(next + place + (offset / 2 + 4 * b));
     }
     return found;
   }
 
   __device__ __forceinline__ void operator()(
-      const int* sums, int row, int column, const Ahead& ahead) const {
+      const int* sums, const Rows& here, int offset, const Ahead& ahead) const {
+    const int column = here.column + offset;
     if (column / PIECE >= depth_pieces) return; // beyond what the next product reads
-    const int q = threadIdx.x % 4;
-    const float upper = ahead.scales.upper, lower = ahead.scales.lower;
+    const int q = threadIdx.x % 4, row = here.row;
+    const float upper = here.upper, lower = here.lower;
     if (column == 0 && q == 0) {
       if (row < rows) scales[row] = upper != upper ? upper : scale;
       if (row + 8 < rows) scales[row + 8] = lower != lower ? lower : scale;

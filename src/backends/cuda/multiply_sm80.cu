@@ -84,8 +84,10 @@ __device__ __forceinline__ void multiply(
   const int row = row_tile * PIECE + first_row + threadIdx.x % 32 / 4;
   const int column = column_tile * PIECE + first_column;
 #pragma unroll
-  for (int i = 0; i < 4; i++)
-    finish(sums[i], row + 16 * i, column, finish.load(row + 16 * i, column));
+  for (int i = 0; i < 4; i++) {
+    const typename Finish::Rows here = finish.at(row + 16 * i, column);
+    finish(sums[i], here, 0, finish.load(here, 0));
+  }
 }
 
 } // namespace ditq

@@ -85,6 +85,8 @@ __device__ __forceinline__ void multiply(
     asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
     const int lane = thread % 32, warp = thread / 32 % 4;
     for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+      const int first_row = tile / column_tiles * PIECE, column = tile % column_tiles * WIDE;
+      finish.template expect<WIDE>(first_row, column);
       int sums[WIDE / 2], used = -1;
       for (int k = 0; k < depth; k++) {
         barrier_wait(shared_address(&full[ring.stage]), ring.parity);
@@ -101,9 +103,9 @@ __device__ __forceinline__ void multiply(
         used = ring.stage;
         ring.advance();
       }
-      const int row = tile / column_tiles * PIECE + group * 64 + warp * 16 + lane / 4;
-      const int column = tile % column_tiles * WIDE;
-      typename Finish::Ahead ahead = finish.load(row, column);
+      const int row = first_row + group * 64 + warp * 16 + lane / 4;
+      const typename Finish::Rows rows = finish.at(row, column);
+      typename Finish::Ahead ahead = finish.load(rows, 0);
       keep_in_place(sums);
       asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
       keep_in_place(sums);
@@ -111,8 +113,8 @@ __device__ __forceinline__ void multiply(
 #pragma unroll
       for (int piece = 0; piece < WIDE / 32; piece++) {
         const typename Finish::Ahead here = ahead;
-        if (piece + 1 < WIDE / 32) ahead = finish.load(row, column + 32 * (piece + 1));
-        finish(sums + 16 * piece, row, column + 32 * piece, here);
+        if (piece + 1 < WIDE / 32) ahead = finish.load(rows, 32 * (piece + 1));
+        finish(sums + 16 * piece, rows, 32 * piece, here);
       }
     }
   } else {

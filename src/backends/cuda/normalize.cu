@@ -8,22 +8,42 @@ __device__ __forceinline__ float sum_of_warp(float v) {
   return v;
 }
 
-template <class T>
-__device__ __forceinline__ void load_line(
-    float (&v)[CHUNK], const Lines<T>& lines, int row, int first, int columns) {
-  const T* line = lines.at(row);
-  if (lines.column == 1) {
-    load_chunk(v, line, first, columns);
-  } else {
+// HELD chunks a lane of a row that lies anywhere, or WHOLE: side by side, aligned, ending with a
+// chunk. EARLY are the chunks that are fetched by `load`, before they are wanted; others by `give`.
+template <bool WHOLE, int EARLY, class T>
+struct Line {
+  const T* first;
+  long long apart;
+  int columns;
+  Words<T> words[EARLY ? EARLY : 1];
+
+  __device__ __forceinline__ void load() {
+    if constexpr (WHOLE) {
 #pragma unroll
-    for (int i = 0; i < CHUNK; i++)
-      v[i] = first + i < columns ? float(line[(first + i) * lines.column]) : 0.0f;
+      for (int h = 0; h < EARLY; h++) words[h] = whole_chunk(first, place(h), columns);
+    }
   }
-}
+
+  __device__ __forceinline__ void give(float (&v)[CHUNK], int h) const {
+    if constexpr (WHOLE) {
+      spread(v, EARLY ? words[h] : whole_chunk(first, place(h), columns));
+    } else if (apart == 1) {
+      load_chunk(v, first, place(h), columns);
+    } else {
+#pragma unroll
+      for (int i = 0; i < CHUNK; i++)
+        v[i] = place(h) + i < columns ? float(first[(place(h) + i) * apart]) : 0.0f;
+    }
+  }
+
+  static __device__ __forceinline__ int place(int h) {
+    return (threadIdx.x % 32 + 32 * h) * CHUNK;
+  }
+};
 
 // Each row less its mean, over its standard deviation, times 1 + gain, plus offset; this then as
 // `quantize_rows` does it. All in float32. HELD chunks a lane are the whole row.
-template <int HELD, bool TOKEN, bool SHIFT, bool SMOOTH, class T>
+template <bool WHOLE, int HELD, bool TOKEN, bool SHIFT, bool SMOOTH, class T>
 __device__ __forceinline__ void normalize_rows(
     const Lines<T>& x, const Lines<T>& gains, const Lines<T>& offsets, const float* given,
     const float* limits, const float* shifts, const float* smoothing, signed char* codes,
@@ -36,11 +56,21 @@ __device__ __forceinline__ void normalize_rows(
     write_zeros(codes, scales, row, depth_pieces);
     return;
   }
+  // Two vectors in registers beside the row, while there is room for two blocks a multiprocessor.
+  constexpr int EARLY = WHOLE && !SHIFT && HELD * sizeof(T) <= 6 ? HELD : 0;
+  Line<WHOLE, WHOLE ? HELD : 0, T> line = {x.at(row), x.column, columns};
+  Line<WHOLE, EARLY, T> gain = {gains.at(row), gains.column, columns};
+  Line<WHOLE, EARLY, T> offset = {offsets.at(row), offsets.column, columns};
+  line.load(), gain.load(), offset.load();
+  const int entry = entry_of(row, entries, rows);
+  const float* shift = shifts + (shift_entries > 1 ? size_t(entry) * columns : 0);
+  Grid grid;
+  grid.scale = given[entry], grid.limit = limits[entry];
   float v[HELD][CHUNK], more[CHUNK];
   float sum = 0.0f, squares = 0.0f;
 #pragma unroll
   for (int h = 0; h < HELD; h++) {
-    load_line(v[h], x, row, (lane + 32 * h) * CHUNK, columns); // beyond the row: zeros
+    line.give(v[h], h); // beyond the row: zeros
 #pragma unroll
     for (int i = 0; i < CHUNK; i++) sum += v[h][i];
   }
@@ -50,26 +80,22 @@ __device__ __forceinline__ void normalize_rows(
     const int left = columns - (lane + 32 * h) * CHUNK;
 #pragma unroll
     for (int i = 0; i < CHUNK; i++) {
-      v[h][i] = i < left ? v[h][i] - mean : 0.0f;
+      v[h][i] = (WHOLE ? 0 : i) < left ? v[h][i] - mean : 0.0f;
       squares = fmaf(v[h][i], v[h][i], squares);
     }
   }
   const float inverse = rsqrtf(sum_of_warp(squares) / columns + epsilon);
-  const int entry = int((long long)(row) * entries / rows);
-  const float* shift = shifts + (shift_entries > 1 ? size_t(entry) * columns : 0);
-  Grid grid;
-  grid.scale = given[entry], grid.limit = limits[entry];
   float largest = 0.0f;
   bool broken = false;
 #pragma unroll
   for (int h = 0; h < HELD; h++) {
     const int first = (lane + 32 * h) * CHUNK;
-    load_line(more, gains, row, first, columns);
+    gain.give(more, h);
 #pragma unroll
     for (int i = 0; i < CHUNK; i++) v[h][i] = v[h][i] * inverse * (1.0f + more[i]);
-    load_line(more, offsets, row, first, columns);
+    offset.give(more, h);
 #pragma unroll
-    for (int i = 0; i < CHUNK; i++) v[h][i] += more[i];
+    for (int i = 0; i < CHUNK; i++) v[h][i] = __fadd_rn(v[h][i], more[i]); // never fused
     if constexpr (SHIFT) {
       load_chunk(more, shift, first, columns);
 #pragma unroll

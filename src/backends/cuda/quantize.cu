@@ -30,12 +30,36 @@ __device__ __forceinline__ void load_chunk(
   }
 }
 
+// A chunk as it lies in memory. Words, since zeros are put into numbers of 16 bits one by one.
+template <class T>
+struct Words {
+  static constexpr int COUNT = CHUNK * sizeof(T) / sizeof(uint4);
+  uint4 word[COUNT];
+};
+
+// Of a row that is aligned and ends with a chunk; beyond it zeros.
+template <class T>
+__device__ __forceinline__ Words<T> whole_chunk(const T* row, int first, int columns) {
+  Words<T> words;
+#pragma unroll
+  for (int k = 0; k < Words<T>::COUNT; k++)
+    words.word[k] = first < columns ? reinterpret_cast<const uint4*>(row + first)[k]
+                                    : make_uint4(0, 0, 0, 0);
+  return words;
+}
+
+template <class T>
+__device__ __forceinline__ void spread(float (&v)[CHUNK], const Words<T>& words) {
+  const T* numbers = reinterpret_cast<const T*>(words.word);
+#pragma unroll
+  for (int i = 0; i < CHUNK; i++) v[i] = float(numbers[i]);
+}
+
 // x less the shift, and the smoothing, of one chunk.
-template <bool SHIFT, bool SMOOTH, class T>
-__device__ __forceinline__ void load_input(
-    float (&v)[CHUNK], float (&smooth)[CHUNK], const T* row, const float* shift,
-    const float* smoothing, int first, int columns) {
-  load_chunk(v, row, first, columns);
+template <bool SHIFT, bool SMOOTH>
+__device__ __forceinline__ void change_input(
+    float (&v)[CHUNK], float (&smooth)[CHUNK], const float* shift, const float* smoothing,
+    int first, int columns) {
   if constexpr (SHIFT) {
     float z[CHUNK];
     load_chunk(z, shift, first, columns);
@@ -100,14 +124,43 @@ __device__ __forceinline__ float scale_of_token(float largest, float limit) {
   return fmaxf(__fdiv_rn(largest, limit), 1e-12f);
 }
 
+// An entry's number; most often there is but one, and a 64-bit division is slow.
+__device__ __forceinline__ int entry_of(int row, int entries, int rows) {
+  return entries == 1 ? 0 : int((long long)(row) * entries / rows);
+}
+
+// GROUP chunks that a lane has of a row, side by side in registers.
+template <bool WHOLE, int GROUP, class T>
+struct Group {
+  Words<T> words[WHOLE ? GROUP : 1];
+
+  // From chunk c on, 32 chunks apart. All are on their way before any is waited for.
+  __device__ __forceinline__ void load(const T* line, int c, int columns) {
+    if constexpr (WHOLE) {
+#pragma unroll
+      for (int g = 0; g < GROUP; g++)
+        words[g] = whole_chunk(line, (c + 32 * g) * CHUNK, columns);
+    }
+  }
+
+  __device__ __forceinline__ void give(
+      float (&v)[CHUNK], int g, const T* line, int c, int columns) const {
+    if constexpr (WHOLE) spread(v, words[g]);
+    else load_chunk(v, line, c * CHUNK, columns);
+  }
+};
+
 // Entry e of `given` scales, `limits` and `shifts` (1 or entries, columns) holds for rows / entries
 // rows. TOKEN: the scale is the row's own largest value over the limit instead. A row with a NaN in
 // it (TOKEN: or infinity) gets the scale NaN; rows beyond the last get zeros.
-template <bool TOKEN, bool SHIFT, bool SMOOTH, class T>
+// WHOLE: rows are aligned, and columns a multiple of CHUNK.
+template <bool WHOLE, bool TOKEN, bool SHIFT, bool SMOOTH, class T>
 __device__ __forceinline__ void quantize_rows(
     const T* x, const float* given, const float* limits, const float* shifts,
     const float* smoothing, signed char* codes, float* scales, int rows, int columns, int entries,
     int shift_entries) {
+  // As many as leave registers for three blocks a multiprocessor.
+  constexpr int GROUP = !WHOLE || (SHIFT && SMOOTH) ? 1 : SHIFT || SMOOTH || sizeof(T) == 4 ? 2 : 4;
   const float infinity = __int_as_float(0x7f800000);
   const int lane = threadIdx.x % 32;
   const int row = blockIdx.x * ROWS_PER_BLOCK + threadIdx.x / 32;
@@ -117,35 +170,51 @@ __device__ __forceinline__ void quantize_rows(
     return;
   }
   const T* line = x + size_t(row) * columns;
-  const int entry = int((long long)(row) * entries / rows);
+  const int entry = entry_of(row, entries, rows);
   const float* shift = shifts + (shift_entries > 1 ? size_t(entry) * columns : 0);
   Grid grid;
   grid.scale = given[entry], grid.limit = limits[entry];
   float v[CHUNK], smooth[CHUNK];
+  Group<WHOLE, GROUP, T> group;
   bool broken = false;
   if constexpr (TOKEN) {
     float largest = 0.0f;
-    for (int c = lane; c < chunks; c += 32) {
-      load_input<SHIFT, SMOOTH>(v, smooth, line, shift, smoothing, c * CHUNK, columns);
+#pragma unroll 1
+    for (int begin = lane; begin < chunks; begin += 32 * GROUP) {
+      group.load(line, begin, columns);
 #pragma unroll
-      for (int i = 0; i < CHUNK; i++) {
-        const float size = fabsf(SMOOTH ? __fdiv_rn(v[i], smooth[i]) : v[i]);
-        broken |= !(size < infinity);
-        largest = fmaxf(largest, size);
+      for (int g = 0; g < GROUP; g++) {
+        const int c = begin + 32 * g;
+        group.give(v, g, line, c, columns);
+        change_input<SHIFT, SMOOTH>(v, smooth, shift, smoothing, c * CHUNK, columns);
+#pragma unroll
+        for (int i = 0; i < CHUNK; i++) {
+          const float size = fabsf(SMOOTH ? __fdiv_rn(v[i], smooth[i]) : v[i]);
+          broken |= !(size < infinity);
+          largest = fmaxf(largest, size);
+        }
       }
     }
     grid.scale = scale_of_token(largest_of_warp(largest), grid.limit);
   }
   grid.inverse = __frcp_rn(grid.scale);
   broken |= !(grid.inverse < infinity); // of a scale too small to divide by
-  for (int c = lane; c < chunks; c += 32) {
-    load_input<SHIFT, SMOOTH>(v, smooth, line, shift, smoothing, c * CHUNK, columns);
-    if (!TOKEN) {
+#pragma unroll 1
+  for (int begin = lane; begin < chunks; begin += 32 * GROUP) {
+    group.load(line, begin, columns);
 #pragma unroll
-      for (int i = 0; i < CHUNK; i++) broken |= v[i] != v[i];
+    for (int g = 0; g < GROUP; g++) {
+      const int c = begin + 32 * g;
+      if (c >= chunks) break;
+      group.give(v, g, line, c, columns);
+      change_input<SHIFT, SMOOTH>(v, smooth, shift, smoothing, c * CHUNK, columns);
+      if (!TOKEN) {
+#pragma unroll
+        for (int i = 0; i < CHUNK; i++) broken |= v[i] != v[i];
+      }
+      *reinterpret_cast<uint4*>(codes + chunk_place(row, c, depth_pieces)) =
+          codes_of<SMOOTH>(v, smooth, grid);
     }
-    *reinterpret_cast<uint4*>(codes + chunk_place(row, c, depth_pieces)) =
-        codes_of<SMOOTH>(v, smooth, grid);
   }
   broken = __any_sync(~0u, broken);
   if (lane == 0) scales[row] = broken ? __int_as_float(0x7fc00000) : grid.scale;

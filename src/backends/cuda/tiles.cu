@@ -31,6 +31,11 @@ struct Lines {
   __device__ __forceinline__ bool in_words() const {
     return column == 1 && entry % 8 == 0 && row % 8 == 0 && size_t(first) % 16 == 0;
   }
+
+  // The same of every two.
+  __device__ __forceinline__ bool in_pairs() const {
+    return column == 1 && entry % 2 == 0 && row % 2 == 0 && size_t(first) % (2 * sizeof(T)) == 0;
+  }
 };
 
 __device__ __forceinline__ unsigned shared_address(const void* place) {
