@@ -538,7 +538,7 @@ def test_an_int8_layer_that_is_prepared_multiplies_as_one_that_is_not():
     x = mx.random.normal((2, 77, 192)).astype(mx.float16)
     alone = INT8Linear.from_linear(linear, "cuda_int8")
     ready = INT8Linear.from_linear(linear, "cuda_int8")
-    ready.expect(154, mx.float16)
+    ready.prepare_for(154, mx.float16)
     assert ready.fuses and not alone.fuses
     assert mx.array_equal(ready(x), alone(x))
     assert mx.array_equal(mx.compile(ready, inputs=ready.state)(x), alone(x))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from src.backends import named
 from src.inference.int8 import Int8, open_with_int8
 from src.inference.kernels import join
+from src.inference.streaming import streamed
 from src.models.load import load_pipeline
 from src.models.paths import block_linears
 from src.quant.artifacts import LayerConfig
@@ -90,7 +91,29 @@ def test_an_int8_pipeline_shares_codes_and_gives_its_layers_outputs():
         assert mx.array_equal(shared, own)
 
 
+def test_blocks_that_come_and_go_keep_what_was_prepared():
+    pipeline = open_with_int8("nano", int8=Int8(use_int8=True), tell=lambda line: None)
+    layers = [m for _, m in pipeline.transformer.named_modules() if isinstance(m, INT8Linear)]
+    assert layers and all(layer.shares for layer in layers)
+    with streamed(pipeline, 1):
+        assert all(layer.shares for layer in layers)
+    assert all(layer.shares for layer in layers)
+
+
+def test_another_weight_or_bias_ends_what_was_prepared():
+    linear = INT8Linear.from_linear(nn.Linear(64, 32, bias=False))
+    for change in (
+        lambda: linear.update({"weight": INT8Linear.from_linear(nn.Linear(64, 32)).weight}),
+        lambda: setattr(linear, "bias", mx.ones(32)),
+        lambda: delattr(linear, "bias"),
+    ):
+        linear.prepare_for(128, mx.float32)
+        assert linear.shares
+        change()
+        assert not linear.shares
+
+
 def test_an_empty_int8_layer_has_no_codes_to_share():
     shell = INT8Linear.shell(32, 64)
-    shell.expect(128, mx.float16)
+    shell.prepare_for(128, mx.float16)
     assert not shell.shares and not read_alike([shell, shell])

@@ -103,7 +103,8 @@ def with_backend(model: MMDiT, backend: str, pixels: int) -> MMDiT:
     ]
     other.update_modules(tree_unflatten(layers))
     other.load_weights(tree_flatten(model.parameters()))
-    share_work(other, rows_of(model.config, replace(DEFAULTS, height=pixels, width=pixels)))
+    rows = rows_of(model.config, replace(DEFAULTS, height=pixels, width=pixels))
+    share_work(other, rows, default_dtype())
     return other
 
 

@@ -29,6 +29,7 @@ from src.benchmarking.kernels import available
 from src.benchmarking.subjects import again, with_layers
 from src.benchmarking.timing import in_turns, ratios, refusal_of, seconds_of, spread
 from src.cuda import VARIABLE
+from src.inference.int8 import share_work
 from src.inference.kernels import TEXT_TOKENS, join, rows_of
 from src.models.configs import config_named
 from src.models.load import default_dtype
@@ -98,6 +99,13 @@ class Model:
             mx.eval(layer.parameters())
         return with_layers(self.exact, layers)
 
+    def in_int8(self) -> Pipeline:
+        """As `--use_int8` has it."""
+        made = self.replaced(INT8Linear.from_linear)
+        rows = rows_of(made.transformer.config, self.defaults)
+        share_work(made.transformer, rows, made.dtype)
+        return made
+
     @property
     def defaults(self) -> Defaults:
         return self.exact.defaults
@@ -140,7 +148,7 @@ def rows_for(model: Model) -> Iterator[Row]:
             yield Row(
                 f"W{bits}A8, {kernel}", lambda bits=bits, kernel=kernel: model.over(bits, kernel)
             )
-    yield Row("INT8 layers, scales per token", lambda: model.replaced(INT8Linear.from_linear))
+    yield Row("INT8 layers, scales per token", model.in_int8)
 
 
 def held_bytes(transformer: MMDiT) -> int:
@@ -286,8 +294,8 @@ def blocks_of(model: Model, tokens: int) -> dict[str, Any]:
 
 
 def worker(name: str, pixels: tuple[int, ...], rounds: int, seconds: float) -> dict[str, Any]:
-    end, model = time.monotonic() + seconds, model_of(name)
-    sizes = {}
+    model, sizes = model_of(name), {}
+    end = time.monotonic() + seconds
     for i, size in enumerate(pixels):
         share = time.monotonic() + (end - time.monotonic()) / (len(pixels) - i)
         sizes[str(size)] = measured(model, size, rounds, share)
@@ -372,7 +380,7 @@ def bound_of(pixels: int, size: dict[str, Any]) -> list[str]:
 @click.option("--model", default="sd3-medium", help="Shape of the transformer.")
 @click.option("--pixels", multiple=True, type=int, help="Side of the picture.  [512 and 1024]")
 @click.option("--rounds", default=7, help="How often every step is measured.")
-@click.option("--seconds", default=80.0, help="Of each process, after which rows are left out.")
+@click.option("--seconds", default=80.0, help="Of measuring in each process; then rows are left.")
 @click.option("--name", default="int8_step", help="Of the report.")
 @click.option("--dry-run", is_flag=True, help="Only print.")
 @click.option("--worker", "result", help="Measure in this process and write to that file.")

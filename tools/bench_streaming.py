@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from src.convert_to_int8 import convert_to_int8
-from src.inference.int8 import WHILE_LOADING
+from src.inference.int8 import WHILE_LOADING, share_work
+from src.inference.kernels import rows_of
 from src.inference.streaming import bytes_of, streamed
 from src.models.configs import MMDiTConfig, config_named
 from src.models.load import default_dtype
@@ -48,7 +49,7 @@ from mlx.utils import tree_flatten
 
 from tools.bench_backends import in_turns
 from tools.bench_common import machine, write_report
-from tools.bench_int8 import pipeline_of, step_of
+from tools.bench_int8 import DEFAULTS, pipeline_of, step_of
 from tools.synthetic import fill_part, outside_of_blocks
 
 PLAIN = "all"
@@ -82,10 +83,12 @@ def write(writer: TensorWriter, prefix: str, module: nn.Module) -> None:
         writer.write(f"{prefix}{name}", np.array(tensor))
 
 
-def opened(path: Path, config: MMDiTConfig, block: QuantizationBlock) -> MMDiT:
-    """The transformer in the file, none of its tensors read."""
+def opened(path: Path, config: MMDiTConfig, block: QuantizationBlock, pixels: int) -> MMDiT:
+    """The transformer in the file, as pictures of that size are drawn."""
     model = MMDiT(config)
     prepare_int8(model, block, partial(load_tensors, path), dtype=default_dtype())
+    rows = rows_of(config, replace(DEFAULTS, height=pixels, width=pixels))
+    share_work(model, rows, default_dtype())
     return model
 
 
@@ -95,7 +98,7 @@ def running(
 ) -> Iterator[tuple[MMDiT, Callable[[], mx.array]]]:
     """The model, and a step with so many blocks in memory, all of them without a number; what is
     read once has been read, and what is compiled is so."""
-    model = opened(path, options["config"], KINDS[kind])
+    model = opened(path, options["config"], KINDS[kind], options["pixels"])
     context = nullcontext()
     if in_order:
         one_by_one(model)

@@ -92,10 +92,10 @@ class CudaInt8:
         operand["columns"] = kernels.column_table(scales)[0]
         if variant is WGMMA and NARROW.fits(len(scales)) and not self_test(NARROW):
             operand["narrow"] = NARROW.name
-        if self.keeps_packed and weight.bits in UNPACKED_BITS:
-            return {**operand, "packed": weight.packed, "bits": weight.bits}
         if lent:
             return {**operand, "bytes": weight}
+        if self.keeps_packed and weight.bits in UNPACKED_BITS:
+            return {**operand, "packed": weight.packed, "bits": weight.bits}
         operand["tiles"] = kernels.weight_tiles(weight)
         mx.eval(operand["tiles"], operand["columns"])
         return operand

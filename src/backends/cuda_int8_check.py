@@ -343,7 +343,13 @@ def self_test(variant: Variant) -> str:
     """Empty where all is exact, else what went wrong; run once a process."""
     return (
         first_wrong(SELF_TEST, partial(wrong_sums, variant))
-        or first_wrong(QUANTIZER_TEST, lambda case: wrong_codes(*case[:3], **case[3]))
-        or first_wrong(NORM_TEST, lambda case: wrong_modulated(*case[:4], **case[4]))
+        or quantizers_test()
         or first_wrong(ENDING_TEST, partial(wrong_endings, variant))
     )
+
+
+@lru_cache
+def quantizers_test() -> str:
+    """The part of the self-test that is the same for all variants."""
+    codes = first_wrong(QUANTIZER_TEST, lambda case: wrong_codes(*case[:3], **case[3]))
+    return codes or first_wrong(NORM_TEST, lambda case: wrong_modulated(*case[:4], **case[4]))

@@ -79,9 +79,11 @@ class MetalInt8:
         if refusal(weight, largest) or not usable():
             name = fallback(weight)
             return {"fallback": name, **FALLBACKS[name].prepare(weight, dtype, largest)}
-        operand = {"codes": weight.codes(mx.int8), "scales": weight.scales[:, 0]}
-        if not hasattr(weight, "bytes"):
-            mx.eval(operand)
+        scales = weight.scales[:, 0]
+        if hasattr(weight, "bytes"):
+            return {"bytes": weight, "scales": scales}
+        operand = {"codes": weight.codes(mx.int8), "scales": scales}
+        mx.eval(operand)
         return operand
 
     def multiply(self, x: mx.array, factor: mx.array | None, operand: dict[str, Any]) -> mx.array:
@@ -110,4 +112,5 @@ class MetalInt8:
         codes: Codes, operand: dict[str, Any], dtype: mx.Dtype, columns: mx.array | None = None
     ) -> mx.array:
         """(rows, outputs); `columns` is a row of a bias table, none adds no bias."""
-        return kernels.multiply(codes, operand["codes"], operand["scales"], columns, dtype)
+        own = operand["codes"] if "codes" in operand else operand["bytes"].codes(mx.int8)
+        return kernels.multiply(codes, own, operand["scales"], columns, dtype)

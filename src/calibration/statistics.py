@@ -76,16 +76,17 @@ class Collector:
 
     def __init__(self, model: MMDiT) -> None:
         self.model = model
-        self._forwards: dict[int, ReducingForward] = {}
+        self._forwards: dict[tuple[object, ...], ReducingForward] = {}  # by the inputs' shapes
 
     def collected(self, batches: Iterable[tuple[Inputs, int]]) -> Iterator[list[dict[str, Sample]]]:
         """Of each (inputs, samples), in their order."""
         reading: Future[list[dict[str, Sample]]] | None = None
         with ThreadPoolExecutor(1) as reader:
             for inputs, samples in batches:
-                if samples not in self._forwards:
-                    self._forwards[samples] = ReducingForward(self.model, samples)
-                before, reading = reading, reader.submit(self._forwards[samples].start(inputs))
+                key = samples, *(array.shape for array in inputs)
+                if key not in self._forwards:
+                    self._forwards[key] = ReducingForward(self.model, samples)
+                before, reading = reading, reader.submit(self._forwards[key].start(inputs))
                 if before is not None:
                     yield before.result()
             if reading is not None:

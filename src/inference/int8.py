@@ -115,16 +115,17 @@ def open_with_int8(
         pipeline = load_pipeline(model, dtype)
         put.into(pipeline.transformer, int8.int8_checkpoint)
         pipeline.transformer.set_dtype(pipeline.dtype)
-    share_work(pipeline.transformer, rows_of(pipeline.transformer.config, pipeline.defaults))
+    rows = rows_of(pipeline.transformer.config, pipeline.defaults)
+    share_work(pipeline.transformer, rows, pipeline.dtype)
     pipeline.hash = hash_of(pipeline, int8, block)
     return pipeline
 
 
-def share_work(model: MMDiT, rows: Callable[[str], int]) -> None:
+def share_work(model: MMDiT, rows: Callable[[str], int], dtype: mx.Dtype) -> None:
     """Lets INT8 layers, loaded and cast, share what they can; `rows` is from a path to tokens."""
     for path, layer in model.named_modules():
         if isinstance(layer, INT8Linear):
-            layer.expect(rows(path), model.final_layer.linear.weight.dtype)
+            layer.prepare_for(rows(path), dtype)
     join(model)
 
 

@@ -142,8 +142,10 @@ class BlockStream:
         for index in self._moving:
             self.release(index)
         # What is around the blocks is compiled too where they are: compiled code rounds otherwise.
-        ends = self._transformer.begin, self._transformer.end
-        compiled = tuple(mx.compile(end) for end in ends) if self._compiles else None
+        ends, compiled = (self._transformer.begin, self._transformer.end), None
+        if self._compiles:
+            around = [m.state for n, m in self._transformer.children().items() if n != BLOCKS]
+            compiled = tuple(mx.compile(end, inputs=around) for end in ends)
         self._transformer.run_blocks_with(self.run, compiled)
         mx.clear_cache()
 
@@ -189,7 +191,7 @@ class BlockStream:
         """Puts unread tensors in the place of the block's own."""
         if index not in self._unread:
             self._unread = self.unread_blocks()
-        self._blocks[index].update(tree_unflatten(list(self._unread.pop(index).items())))
+        exchange(self._blocks[index], self._unread.pop(index))
 
     def unread_blocks(self) -> dict[int, Tensors]:
         """Every moving block's tensors, none of them read."""
@@ -202,6 +204,16 @@ class BlockStream:
                 }
                 for index, dtypes in self._dtypes.items()
             }
+
+
+def exchange(block: nn.Module, tensors: Tensors) -> None:
+    """Puts in the block's place of its tensors the same ones, unread; what INT8 layers have
+    prepared of them holds."""
+    layers = [module for module in block.modules() if isinstance(module, INT8Linear)]
+    before = [(layer.prepared, layer.expects) for layer in layers]
+    block.update(tree_unflatten(list(tensors.items())))
+    for layer, was in zip(layers, before, strict=True):
+        layer.prepared, layer.expects = was
 
 
 @cache
@@ -224,7 +236,7 @@ def spilled(transformer: MMDiT, moving: list[int], folder: Path) -> Reread:
         held = dict(tree_flatten(blocks[index].parameters()))
         save_tensors(path, held)
         del held
-        blocks[index].update(tree_unflatten(list(load_tensors(path).items())))
+        exchange(blocks[index], load_tensors(path))
     return partial(read_spilled, paths)
 
 

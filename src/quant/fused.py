@@ -24,6 +24,7 @@ from ..backends.fusing import (
     Normalizing,
     is_per_entry,
 )
+from ..errors import UserError
 
 
 class Fused:
@@ -75,6 +76,7 @@ class Fused:
         """x̂ as the backend has it, also for other layers that `read_alike`."""
         if not self._fuses:
             return self.plain_codes(x)
+        self.check_width(x)
         return self._backend.quantize(x, self.input_grid(x.ndim))
 
     def input_grid(self, ndim: int) -> InputGrid:
@@ -91,7 +93,13 @@ class Fused:
 
     def codes_of_modulated(self, x: mx.array, modulation: Modulation) -> Any:
         """`codes` of what the modulation makes of x."""
+        self.check_width(x)
         return self._backend.quantize_modulated(x, modulation, self.input_grid(x.ndim))
+
+    def check_width(self, x: mx.array) -> None:
+        """Raises for other channels than the weight's, which a kernel would not notice."""
+        if x.shape[-1] != self.columns:
+            raise UserError(f"an input of {x.shape[-1]} channels meets a weight of {self.columns}")
 
     def of_codes(self, x: mx.array, codes: Any) -> mx.array:
         """The output for x, whose codes are known. Without a low-rank branch nothing but the

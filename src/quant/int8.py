@@ -158,6 +158,15 @@ class INT8LinearFunction:
         return chosen.multiply(codes, scale, chosen.prepare(weight, dtype, LIMIT))
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """What a backend that fuses keeps beside a layer's bytes."""
+
+    backend: Backend
+    held: dict[str, Any]  # its operand
+    bias: mx.array | None  # a row of its bias table
+
+
 class INT8Linear(Fused, nn.Module):
     """A linear whose weight is held as int8 and scales, one byte a weight, whatever multiplies."""
 
@@ -181,30 +190,27 @@ class INT8Linear(Fused, nn.Module):
 
     def forget(self) -> None:
         """Nothing is prepared: every call finds out for itself what multiplies."""
-        self._fuses = self._normalizes = self._adds = False
-        self._kept, self._tables, self._input_key = {}, {}, "int8"
+        self.prepared, self.expects = None, False
 
-    def expect(self, rows: int, dtype: mx.Dtype) -> None:
-        """Prepares for inputs of so many rows, so that a backend that can takes over what is around
-        the product: codes for several layers, layer norms, residuals. Another weight ends it."""
+    def prepare_for(self, rows: int, dtype: mx.Dtype) -> None:
+        """Expects inputs of so many rows: a backend that can takes over what is around the product,
+        and codes are shared with other layers. Another weight ends it."""
         self.forget()
         if self._is_shell:
             return
-        self._backend, dtype = backend_for(self._backend_name, rows, self.byte_weight, dtype)
-        if not isinstance(self._backend, Fusing) or dtype == mx.float32:
+        backend, dtype = backend_for(self._backend_name, rows, self.byte_weight, dtype)
+        self.expects = True
+        if not isinstance(backend, Fusing) or dtype == mx.float32:
             return
-        self._kept = self._backend.prepare(self.byte_weight, dtype, LIMIT)
-        self._fuses = self._backend.fuses(self._kept)
-        self._kept.pop("bytes", None)  # those of the layer, whichever they are at a call
-        mx.eval(*(kept for kept in self._kept.values() if isinstance(kept, mx.array)))
-        if self._fuses:
-            self._normalizes = isinstance(self._backend, Normalizing)
-            self._adds = isinstance(self._backend, Adding)
-            self._input_key = f"int8 {self._backend.name}"
+        operand = backend.prepare(self.byte_weight, dtype, LIMIT)
+        if backend.fuses(operand):
+            bias = None
             if "bias" in self:
-                bias = self.bias.astype(mx.float32)[None]
-                self._tables = {"bias": self._backend.bias_table(self._operand, bias)[0]}
-                mx.eval(self._tables)
+                bias = backend.bias_table(operand, self.bias.astype(mx.float32)[None])[0]
+            # The bytes are the layer's own, whichever they are at a call.
+            held = {name: part for name, part in operand.items() if name != "bytes"}
+            mx.eval(bias, [part for part in held.values() if isinstance(part, mx.array)])
+            self.prepared = Prepared(backend, held, bias)
 
     @property
     def byte_weight(self) -> ByteWeight:
@@ -213,12 +219,37 @@ class INT8Linear(Fused, nn.Module):
 
     @property
     def shares(self) -> bool:
-        """Whether there are codes that other layers may read."""
-        return not self._is_shell
+        """Whether there are codes that other layers may read; unprepared, a layer that quantizes
+        together with its product is faster alone."""
+        return self.expects
+
+    @property
+    def _fuses(self) -> bool:
+        return self.prepared is not None
+
+    @property
+    def _normalizes(self) -> bool:
+        return self._fuses and isinstance(self._backend, Normalizing)
+
+    @property
+    def _adds(self) -> bool:
+        return self._fuses and isinstance(self._backend, Adding)
+
+    @property
+    def _backend(self) -> Backend:
+        return self.prepared.backend
 
     @property
     def _operand(self) -> dict[str, Any]:
-        return {**self._kept, "bytes": self.byte_weight}
+        return {**self.prepared.held, "bytes": self.byte_weight}
+
+    @property
+    def _input_key(self) -> str:
+        return f"int8 {self._backend.name if self._fuses else ''}"
+
+    @property
+    def columns(self) -> int:
+        return self.weight.shape[1]
 
     def input_grid(self, ndim: int) -> InputGrid:
         """Scales per token."""
@@ -238,7 +269,7 @@ class INT8Linear(Fused, nn.Module):
 
     def bias_row(self) -> mx.array | None:
         """Of the bias table."""
-        return self._tables.get("bias")
+        return self.prepared.bias
 
     def mixes_biases(self) -> bool:
         """No bias changes over the steps."""
@@ -309,8 +340,12 @@ class INT8Linear(Fused, nn.Module):
         super().__setitem__(key, value)
         if key == "weight_scale" and held is not None:
             self._is_shell = False
-        if key in READ and held is not None:
+        if key in READ:
             self.forget()
+
+    def __delitem__(self, key: str) -> None:
+        super().__delitem__(key)
+        self.forget()
 
     def unfreeze(self, *args: Any, **kwargs: Any) -> INT8Linear:
         """Codes cannot be trained: stays frozen, as MLX's own quantized layers do."""

@@ -182,6 +182,11 @@ class QuantizedLinear(Fused, nn.Module):
         return Weight(self.weight, self.scales, self.bits)
 
     @property
+    def columns(self) -> int:
+        """Input channels."""
+        return self.packed.columns
+
+    @property
     def kernel(self) -> str:
         """Name of the backend that multiplies."""
         return self._backend.name
