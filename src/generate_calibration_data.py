@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-import mlx.core as mx
 import numpy as np
 
 from .calibration import trajectories
@@ -176,8 +175,8 @@ def announce(folder: Path, plan: Plan, images: int) -> None:
 def conditioning_bytes(plan: Plan) -> int:
     """Of one image, as it is stored; no text is read for it."""
     pipeline, rows = plan.pipeline, 2 if uses_guidance(plan.cfg_weight) else 1
-    config, size = pipeline.transformer.config, 2 if pipeline.dtype == mx.float16 else 4
-    tokens = pipeline.encode_text.tokens()
+    config, tokens = pipeline.transformer.config, pipeline.encode_text.tokens()
+    size = trajectories.stored_dtype(pipeline.dtype).size
     return rows * size * (tokens * config.text_dim + config.pooled_dim)
 
 
@@ -200,8 +199,7 @@ def with_text(folder: Path, plan: Plan, batches: Sequence[list[int]]) -> Iterato
 def make_batch(folder: Path, plan: Plan, images: list[int], bar: StepCallback) -> None:
     """Samples some images together, whose conditioning is there, and writes their other files."""
     pipeline = plan.pipeline
-    stored = trajectories.Trajectories(folder, plan.settings(), made_from={}, hash="")
-    conditioning = stored.conditioning(images, pipeline.dtype)
+    conditioning = trajectories.load_conditioning(folder, images, pipeline.dtype)
     latents = denoise(
         pipeline.velocity(conditioning, plan.cfg_weight),
         Noise([plan.seeds[image] for image in images]),

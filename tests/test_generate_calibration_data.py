@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+from src.calibration.trajectories import as_numpy, stored_dtype
 from src.errors import UserError
 from src.generate_calibration_data import generate_calibration_data
 from src.models.load import load_pipeline
@@ -208,6 +209,11 @@ def test_truncated_sample_is_an_error_that_names_it(undisturbed, tmp_path):
     path.write_bytes((undisturbed / "samples/0000_000.npz").read_bytes()[:-40])
     with pytest.raises(UserError, match=re.escape(str(path))):
         load_npz(path)
+
+
+def test_disk_is_asked_for_as_many_bytes_as_are_stored():
+    for dtype in (mx.float32, mx.float16, mx.bfloat16):
+        assert as_numpy(mx.ones((3,), dtype=dtype)).nbytes == 3 * stored_dtype(dtype).size
 
 
 def test_shipped_lists_are_long_enough_and_disjoint():

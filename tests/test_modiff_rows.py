@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import time
+
 from src.errors import UserError
 from src.evaluation.networks import Features, Identity
 from src.evaluation.statistics import Statistics
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tools import bench_common
+from tools.bench_modiff import main
 from tools.modiff_results import (
     Limit,
     counts_of,
@@ -19,6 +25,7 @@ from tools.modiff_results import (
     moments_of,
     save_result,
     whole_batches,
+    without,
 )
 from tools.modiff_rows import (
     EXACT,
@@ -31,6 +38,7 @@ from tools.modiff_rows import (
     line,
 )
 
+RUN = {"steps": 30, "num_pictures": 2000}
 EYES = Identity("eyes", "00", 3, 4, 2)
 DISTANCES = {"fid": 1.0, "sfid": 1.0, "to_full_precision": 1.0, "inception_score": [2.0, 0.1]}
 
@@ -67,8 +75,10 @@ def test_distances_are_compared_at_equal_counts_only():
 
 def test_what_others_are_compared_with_is_drawn_first():
     names = [each.name for each in by_priority(chosen_rows(None))]
-    assert names[:2] == [EXACT, OTHER] and names[2].startswith("W8A8")
+    assert names[:2] == [EXACT, OTHER] and names[3].startswith("W8A8")
     assert "auto" in names[-1] and len(names) == len(all_rows())
+    for each in all_rows():
+        assert names.index(each.own_floats.name) <= names.index(each.name), each.name
 
 
 @settings(max_examples=25, deadline=None)
@@ -108,16 +118,73 @@ def test_a_row_counts_as_far_as_its_batches_are_whole(tmp_path):
 
 def test_of_several_results_the_one_with_most_pictures_counts(tmp_path):
     for folder, pictures in (("a", 16), ("b", 512)):
-        save_result(tmp_path / folder / "x.json", {"name": "x", "steps": 30} | row(pictures))
-    assert merged([tmp_path / "b", tmp_path / "a"])["x"]["pictures"] == 512
-    save_result(tmp_path / "b" / "y.json", {"name": "y", "steps": 100} | row())
-    with pytest.raises(UserError, match="100 steps, other results are of 30"):
-        merged([tmp_path / "a", tmp_path / "b"])
+        save_result(tmp_path / folder / "x.json", {"name": "x", **RUN} | row(pictures))
+    assert merged([tmp_path / "b", tmp_path / "a"], RUN)["x"]["pictures"] == 512
+
+
+def test_results_of_other_captions_or_steps_are_not_merged(tmp_path):
+    for name, told, words in (
+        ("steps", {**RUN, "steps": 100}, r"steps\.json is of --steps 100, this run is of 30"),
+        ("few", {**RUN, "num_pictures": 16}, "is of --num-pictures 16, this run is of 2000"),
+        ("old", {"steps": 30}, "old.json does not say its --num-pictures.*other captions"),
+    ):
+        save_result(tmp_path / name / f"{name}.json", {"name": name, **told} | row())
+        with pytest.raises(UserError, match=words):
+            merged([tmp_path / name], RUN)
     with pytest.raises(UserError, match="no folder .*nowhere of results"):
-        merged([tmp_path / "nowhere"])
+        merged([tmp_path / "nowhere"], RUN)
+
+
+def test_a_wrong_merge_is_told_before_anything_is_drawn(tmp_path):
+    save_result(tmp_path / "far" / "x.json", {"name": "x", **RUN} | row())
+    told = ["--work", str(tmp_path / "work"), "--merge", str(tmp_path / "far"), "--steps", "2"]
+    with pytest.raises(UserError, match="--steps 30, this run is of 2"):
+        CliRunner().invoke(main, told, catch_exceptions=False)
+    assert not (tmp_path / "work").exists()
+
+
+def test_what_is_drawn_is_neither_opened_nor_judged_again(tmp_path, monkeypatch):
+    """But with other settings it is refused, and results are of what was drawn."""
+    monkeypatch.setattr(bench_common, "FOLDER", tmp_path / "docs")
+    base = ["--work", str(tmp_path), "--num-pictures", "3", "--steps", "2", "--batch", "2"]
+    base += ["--rows", "full precision"]
+
+    def run(*more: str) -> str:
+        return CliRunner().invoke(main, [*base, *more], catch_exceptions=False).output
+
+    assert "2 pictures in" in run("--each", "1")
+    assert run().count("1 pictures in") == 2
+    results = {path: path.stat().st_mtime_ns for path in (tmp_path / "results_3_2").iterdir()}
+    assert len(results) == 2 and "to draw" not in run()
+    assert {path: path.stat().st_mtime_ns for path in results} == results
+    found = json.loads((tmp_path / "docs" / "modiff.json").read_text())["rows"][EXACT]
+    assert found["pictures"] == 3 and found["drawn"] == 3 and found["num_pictures"] == 3
+    with pytest.raises(UserError, match="dtype"):
+        run("--dtype", "float16")
+
+
+def test_the_reports_command_is_that_of_all_rows():
+    command = "python -m tools.bench_modiff --rows 'W8A8;W4A8' --steps 30 --rows=W8A16"
+    assert without(command, "--rows") == "python -m tools.bench_modiff --steps 30"
 
 
 def test_a_run_goes_as_far_as_it_is_told():
     few, late = Limit(None, 20), Limit(0.0, None)
     assert [few(range(start, start + 16)) for start in (0, 16, 32)] == [True, True, False]
     assert not late.time_left() and not late(range(0, 16))
+
+
+def test_a_batch_counts_as_long_as_it_was_also_where_rows_have_one(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    limit = Limit(100.0, None)
+    assert limit(range(0, 16))
+    now[0] = 60.0
+    limit.end_batch()
+    assert not limit.time_left() and not limit(range(0, 16))
+    other = Limit(100.0, None)
+    assert other(range(0, 16))
+    now[0] += 10.0
+    other.end_batch()
+    now[0] += 30.0  # the next row's model is opened
+    assert other(range(0, 16)) and other.time_left()

@@ -80,6 +80,17 @@ def test_the_same_command_goes_on_and_ends_the_same(undisturbed, work):
     assert contents(undisturbed) == before
 
 
+def test_a_checkpoint_in_the_environment_is_that_where_no_artifacts_say(work, monkeypatch):
+    """Artifacts of another model leave it; without them nothing but it names a model."""
+    monkeypatch.setenv("DITQ_CHECKPOINT", "absent.safetensors")
+    result = stage(work, "none", "--weight-bit", "16")
+    assert_one_error_line(result, "absent.safetensors does not exist")
+    result = stage(work, "named", "--model", "tiny", "--weight-bit", "16")
+    assert result.returncode == 0, result.stderr
+    result = stage(work, "rounded", "--weight-bit", "4", "--timesteps", "2")
+    assert result.returncode == 0, result.stderr
+
+
 def test_a_run_that_is_stopped_keeps_what_is_whole(work, tmp_path):
     """And the next one goes on to the same bytes."""
     source, few = work / "adaround_output", {"timesteps": 2, "num_samples": 5, "batch_size": 2}

@@ -12,8 +12,9 @@ from src.models.load import SD3, load_pipeline
 import mlx.core as mx
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
-from tools.bench_sd3_full import Bench
+from tools.bench_sd3_full import Bench, main
 from tools.sd3_full_report import table_row, verdict
 from tools.sd3_full_stages import Settings, stages
 from tools.sd3_full_weights import Shapes, parameters, stability, write_checkpoint
@@ -79,3 +80,17 @@ def test_a_stage_that_fails_is_a_row_with_its_last_line(tmp_path):
     row = bench.measured(opened, limit=60)
     assert row["status"] == "failed" and "--checkpoint checkpoint does not exist" in row["error"]
     assert row["process_peak_bytes"] > 0 and row["error"] in table_row(row, None)
+
+
+def test_what_lies_beside_its_own_folder_stays(tmp_path):
+    """A user's artifacts have the same names."""
+    mine, old = tmp_path / "calibration_data", tmp_path / "sd3_full" / "calibration_data"
+    for folder in (mine, old):
+        folder.mkdir(parents=True)
+    told = ["--tiny", "--seconds", "0"]
+    output = CliRunner().invoke(main, [*told, "--work", str(tmp_path)]).output
+    assert mine.exists() and not old.exists()
+    assert f"report in {tmp_path / 'sd3_full'}" in output
+    assert (tmp_path / "sd3_full" / "sd3_full.md").is_file()
+    alone = CliRunner().invoke(main, told).output
+    assert "stages done\n" in alone and "report in" not in alone

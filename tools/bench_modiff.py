@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ from src.models.nano.render import render
 from src.models.nano.scenes import SceneBatch, sample_scenes
 from src.quant.block_rounding import METHODS
 from src.sample import sample
-from src.store import MANIFEST_NAME, write_bytes
+from src.store import MANIFEST_NAME, hash_json, write_bytes
 
 import click
 import mlx.core as mx
@@ -60,18 +60,20 @@ from tools.modiff_results import (
     drawn_features,
     growing,
     latent_figures,
+    load_result,
+    measured,
     merged,
     moments_of,
     save_result,
     set_figures,
     whole_batches,
+    without,
 )
 from tools.modiff_rows import (
     HEAD,
     OTHER_SEED,
     PICTURE_SEED,
     SIXTEEN,
-    STATIC,
     Row,
     all_rows,
     auto_lines,
@@ -86,6 +88,7 @@ CHUNK = 256  # pictures at once for renderer and scorer
 KEPT_LATENTS = 1024
 KEPT = ("dtype", "scale_pictures", "method", "iters", "num_images")  # settings, in the JSON
 QUARTER = 0.25  # of the whole cache, for the rows that choose layers
+OTHER_NOISE, NOTHING = Row(seed=OTHER_SEED), Took(0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,18 @@ class Bench:
     steps: int
     batch: int
     tracks: dict[str, Any]
+    noise: Sets = field(default_factory=dict)  # of full precision from other noise, once read
+
+    @property
+    def run(self) -> dict[str, int]:
+        """What results have to agree in, to stand in one table."""
+        return {"steps": self.steps, "num_pictures": self.num_pictures}
+
+    @property
+    def settings(self) -> str:
+        """Hash of all else that decides what is drawn."""
+        told = {key: str(value) for key, value in self.tracks.items()}
+        return hash_json({"batch": self.batch, **told})
 
     @property
     def rows(self) -> Path:
@@ -125,14 +140,12 @@ class Bench:
 
     def draw(self, row: Row, limit: Limit) -> None:
         """A row's features and first latents, within the limit; goes on where it was stopped."""
-        limit.begin_row()
         weights, config = (None, "none")
         if row.weight_bit != SIXTEEN:
             weights, config = self.weights(row.weight_bit), self.config()
         memory = None
         if row.modulate == "auto":
             memory = QUARTER * self.whole_cache() / 1e9
-        scale = STATIC if row.act_bit == SIXTEEN else row.scale
         sample(
             self.rows / row.folder,
             model=MODEL,
@@ -143,7 +156,7 @@ class Bench:
                 row.act_bit,
                 row.modulate,
                 memory,
-                scale,
+                row.scale,
                 self.tracks["scale_pictures"],
                 rest_bit=row.rest_bit,
             ),
@@ -157,6 +170,7 @@ class Bench:
             dtype=self.tracks["dtype"],
             go_on=limit,
         )
+        limit.end_batch()
 
     def whole_cache(self) -> int:
         """Bytes that all layers would keep for a batch."""
@@ -219,50 +233,72 @@ class Bench:
         """Of what there is of a row."""
         batches, latents = self.whole(row), self.kept(row)
         figures: dict[str, Any] = {"pictures": batches[-1].stop, "at": {}}
-        for key, name in (("latent", Row()), ("latent_own_weights", Row(row.weight_bit))):
-            paired = row.seed == PICTURE_SEED and name != row and self.whole(name)
-            figures[key] = latent_figures(self.kept(name), latents) if paired else None
+        for key, other in (("latent", Row()), ("latent_own_weights", row.own_floats)):
+            paired = row.seed == PICTURE_SEED and other != row and self.whole(other)
+            figures[key] = latent_figures(self.kept(other), latents) if paired else None
         counts = counts_of(figures["pictures"], eyes.identity)
-        truth, other = self.rendered(eyes, counts), {}
-        if row.seed == PICTURE_SEED:
-            noise = Row(seed=OTHER_SEED)
-            drawn = drawn_features(self.rows / noise.folder, self.whole(noise))
-            other = {n: moments_of(s) for n, s in growing(drawn, eyes.identity, counts)}
+        truth = self.rendered(eyes, counts)
+        noise = self.other_noise(eyes, counts) if row.seed == PICTURE_SEED else {}
         drawn = drawn_features(self.rows / row.folder, batches)
         for count, statistics in growing(drawn, eyes.identity, counts):
-            figures["at"][str(count)] = set_figures(statistics, count, truth, other)
+            figures["at"][str(count)] = set_figures(statistics, count, truth, noise)
         return figures
+
+    def other_noise(self, eyes: ScorerNetwork, counts: Sequence[int]) -> Sets:
+        """Moments of full precision's first pictures from other noise, as far as there are."""
+        missing = [n for n in counts if n not in self.noise and n <= self.pictures(OTHER_NOISE)]
+        drawn = drawn_features(self.rows / OTHER_NOISE.folder, self.whole(OTHER_NOISE))
+        for count, statistics in growing(drawn, eyes.identity, missing):
+            self.noise[count] = moments_of(statistics)
+        return self.noise
 
     def whole(self, row: Row) -> list[range]:
         return whole_batches(self.rows / row.folder, self.batches)
+
+    def pictures(self, row: Row) -> int:
+        return max((batch.stop for batch in self.whole(row)), default=0)
+
+    def lacks(self, row: Row, limit: Limit) -> bool:
+        """Whether the row is to be opened: it has not all of its pictures, or has those of other
+        settings, which drawing refuses."""
+        few = len(self.whole(row)) < sum(map(limit.wants, self.batches))
+        return few or self.result(row).get("settings") != self.settings
+
+    def judged_from(self, row: Row) -> dict[str, Any]:
+        """All that its figures are of: pictures of a row and of those that it is compared with."""
+        rows = (row, Row(), row.own_floats, OTHER_NOISE)
+        counts = {each.name: self.pictures(each) for each in rows}
+        return {"settings": self.settings, "judged_from": counts}
 
     def kept(self, row: Row) -> np.ndarray:
         kept = [batch for batch in self.whole(row) if batch.start < self.latents]
         return kept_latents(self.rows / row.folder, kept)
 
-    def judge(self, rows: Sequence[Row], eyes: ScorerNetwork, took: Took | None = None) -> None:
-        """Writes the results of rows, as far as they are drawn; `took` is what drawing took."""
-        for row in rows:
-            if not self.whole(row):
-                continue
-            path = self.results / f"{row.folder}.json"
-            known = merged([self.results]).get(row.name, {}) if path.exists() else {}
-            drawn, seconds = known.get("drawn", 0), known.get("seconds", 0.0)
-            if took is not None:
-                drawn, seconds = drawn + took.pictures, seconds + took.seconds
-            head = {"name": row.name, "steps": self.steps, "batch": self.batch}
-            head |= {
-                "drawn": drawn,
-                "seconds": seconds,
-                "measured": known.get("measured", measured()),
-            }
-            save_result(path, head | self.figures(row, eyes))
+    def result(self, row: Row) -> dict[str, Any]:
+        """As it was judged last; nothing where it was not."""
+        path = self.results / f"{row.folder}.json"
+        return load_result(path, self.run) if path.exists() else {}
 
+    def judge(self, row: Row, eyes: ScorerNetwork, took: Took = NOTHING) -> None:
+        """Writes a row's results, as far as it is drawn; `took` is what drawing took."""
+        known = self.result(row)
+        head = {
+            "name": row.name,
+            **self.run,
+            **self.judged_from(row),
+            "drawn": known.get("drawn", 0) + took.pictures,
+            "seconds": known.get("seconds", 0.0) + took.seconds,
+            "measured": known.get("measured", measured()),
+        }
+        save_result(self.results / f"{row.folder}.json", head | self.figures(row, eyes))
 
-def measured() -> dict[str, Any]:
-    """Where a row was drawn: rows of several machines may stand side by side."""
-    here = machine()
-    return {key: here[key] for key in ("device", "mlx", "date")}
+    def judge_all(self, eyes: ScorerNetwork, afresh: bool) -> None:
+        """All rows that are drawn: some are compared with ones that came later. Without `afresh`
+        those alone of which something changed since."""
+        for row in all_rows():
+            changed = not self.judged_from(row).items() <= self.result(row).items()
+            if self.whole(row) and (afresh or changed):
+                self.judge(row, eyes)
 
 
 def together(path: Path) -> Path:
@@ -273,9 +309,9 @@ def together(path: Path) -> Path:
 
 def report(bench: Bench, merge: Sequence[Path]) -> None:
     """The table of all results that there are, in the order of the rows."""
-    found = merged([bench.results, *merge])
+    found = merged([bench.results, *merge], bench.run)
     rows = {row.name: found[row.name] for row in all_rows() if row.name in found}
-    judged = [goal.judged(rows) for goal in goals()] + [text for text in auto_lines(rows)]
+    judged = [*(goal.judged(rows) for goal in goals()), *auto_lines(rows)]
     lines = [
         f"nano, {bench.steps} steps, guidance 4, each row the same captions and noise; dB over the "
         f"first {KEPT_LATENTS} pictures where there are so many. Dynamic scales are those of each "
@@ -292,8 +328,10 @@ def report(bench: Bench, merge: Sequence[Path]) -> None:
         "",
         *(text for text in judged if text is not None),
     ]
+    here = machine()
+    here["command"] = without(here["command"], "--rows")  # the table is of all rows
     data = {
-        "machine": machine(),
+        "machine": here,
         "steps": bench.steps,
         "tracks": {k: v for k, v in bench.tracks.items() if k in KEPT},
         "rows": rows,
@@ -335,11 +373,10 @@ def main(
     ranks, limit = Ranks.here(), Limit(seconds, each)
     if seconds is not None and ranks.size > 1:
         raise click.UsageError("--seconds is for one process; split the work by --rows")
-    bench, eyes, chosen = (
-        Bench(work, num_pictures, steps, batch, tracks),
-        ScorerNetwork(),
-        by_priority(chosen_rows(rows)),
-    )
+    bench, eyes = Bench(work, num_pictures, steps, batch, tracks), ScorerNetwork()
+    chosen = by_priority(chosen_rows(rows))
+    known = [bench.results] if bench.results.is_dir() else []
+    merged([*known, *merge], bench.run)  # what is wrong with them is told before any is drawn
     if ranks.rank == 0:
         bench.results.mkdir(parents=True, exist_ok=True)
         write_bytes(bench.prompts, "\n".join(captions(bench.scenes())).encode() + b"\n")
@@ -347,17 +384,18 @@ def main(
     if not report_only:
         draw_rows(bench, chosen, eyes, limit, merge)
     if ranks.rank == 0:
-        bench.judge(all_rows(), eyes)  # some rows are compared with ones that came later
+        bench.judge_all(eyes, afresh=report_only)
         report(bench, merge)
 
 
 def draw_rows(
     bench: Bench, rows: Sequence[Row], eyes: ScorerNetwork, limit: Limit, merge: Sequence[Path]
 ) -> None:
-    ranks = Ranks.here()
-    for bits in sorted({row.weight_bit for row in rows} - {SIXTEEN}):
+    ranks, todo = Ranks.here(), [row for row in rows if bench.lacks(row, limit)]
+    ranks.barrier()  # all have looked before one draws
+    for bits in sorted({row.weight_bit for row in todo} - {SIXTEEN}):
         bench.weights(bits)  # on all ranks: the stages split their work
-    for row in rows:
+    for row in todo:
         if not limit.time_left():
             click.echo(f"time is up before {row.name}; the same command goes on")
             return
@@ -366,10 +404,10 @@ def draw_rows(
         ranks.barrier()
         new, spent = bench.whole(row)[before:], time.perf_counter() - start
         took = Took(sum(len(b) for b in new), spent)
-        if ranks.rank == 0 and bench.whole(row):
-            bench.judge([row], eyes, took if new else None)
+        if ranks.rank == 0 and new:
+            bench.judge(row, eyes, took)
             report(bench, merge)
-            click.echo(line(row.name, merged([bench.results])[row.name]))
+            click.echo(line(row.name, bench.result(row)))
             click.echo(f"{took.pictures} pictures in {took.seconds:.1f} s")
 
 

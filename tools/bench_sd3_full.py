@@ -4,8 +4,9 @@
 
 Writes a whole checkpoint (28 GB with T5 for sd3.5-large), then runs the stages on it, each as a
 process of its own, and after each of them docs/benchmarks/sd3_full_MODEL.json and sd3_full.md.
+All else lies in FOLDER/sd3_full, which is this command's own: what an earlier run left there goes.
 With --tiny the same on a model of a few megabytes, which a CPU does in a minute or two; its report
-goes to the folder of work. Needs the extra [sd3] and no network; meant for a GPU.
+goes there too. Needs the extra [sd3] and no network; meant for a GPU.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from tools.sd3_full_stages import CHECKPOINT, CONFIG, CONVERTED, Settings, Stage
 from tools.sd3_full_weights import Shapes
 
 ROOT = Path(__file__).resolve().parent.parent
+OWN = "sd3_full"  # folder in --work, where names may be those of the user's own artifacts
 TINY_PIXELS = (64, 128)
 
 
@@ -162,7 +164,8 @@ def line(row: dict[str, Any]) -> str:
 
 
 def emptied(work: Path) -> Path:
-    """The folder without what an earlier run left, but for logs."""
+    """The benchmark's own folder there, without what an earlier run left, but for logs."""
+    work = work.resolve() / OWN
     for name in (CHECKPOINT, "calibration_data", "adaround_output", "learned", "saved"):
         shutil.rmtree(work / name, ignore_errors=True)
     work.mkdir(parents=True, exist_ok=True)
@@ -192,13 +195,14 @@ def main(
     """Run every stage at full size."""
     chosen = pixels or (TINY_PIXELS if tiny else Settings.pixels)
     with tempfile.TemporaryDirectory() as scratch:
-        folder = emptied((work or Path(scratch)).resolve())
+        folder = emptied(work or Path(scratch))
         report = output or (folder if tiny else FOLDER)
         bench = Bench(Settings(model, pixels=chosen, **settings), tiny, folder, report)
         bench.run(seconds)
         rows = bench.data["rows"]
         done = sum(row["status"] == "done" for row in rows)
-        click.echo(f"{done} of {len(rows)} stages done; report in {report}")
+        stays = work is not None or report != folder
+        click.echo(f"{done} of {len(rows)} stages done" + f"; report in {report}" * stays)
         if tiny:
             click.echo((report / f"{sd3_full_report.NAME}.md").read_text())
     sys.exit(done < len(rows))

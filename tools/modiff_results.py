@@ -7,8 +7,9 @@ was stopped early counts as far as its batches are whole.
 
 from __future__ import annotations
 
+import shlex
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from src.metrics.signal import decibel
 from src.store import load_npz, read_json, write_json
 
 import numpy as np
+
+from tools.bench_common import machine
 
 FORMAT, VERSION = "ditq-modiff-row", 1
 COUNTS = (500, 1000, 2000, 5000, 10_000, 20_000, 30_000, 40_000, 50_000)
@@ -45,19 +48,27 @@ class Limit:
         self._until = None if seconds is None else time.perf_counter() + seconds
         self._pictures, self._longest, self._begun = pictures, 0.0, None
 
-    def begin_row(self) -> None:
-        self._begun = None  # opening a model is no part of a batch's time
-
     def time_left(self) -> bool:
         return self._until is None or time.perf_counter() + self._longest < self._until
 
-    def __call__(self, batch: range) -> bool:
-        """Whether the batch of these pictures is to be drawn."""
-        now = time.perf_counter()
+    def wants(self, batch: range) -> bool:
+        """Whether the batch is among the pictures that a row is to have."""
+        return self._pictures is None or batch.start < self._pictures
+
+    def end_batch(self) -> None:
+        """Of the one that was begun last; also at the end of a row, as opening the next row's model
+        is no part of a batch's time."""
         if self._begun is not None:
-            self._longest = max(self._longest, now - self._begun)
-        self._begun = now
-        return self.time_left() and (self._pictures is None or batch.start < self._pictures)
+            self._longest = max(self._longest, time.perf_counter() - self._begun)
+        self._begun = None
+
+    def __call__(self, batch: range) -> bool:
+        """Whether the batch of these pictures is to be drawn, and if so, begins it."""
+        self.end_batch()
+        goes_on = self.time_left() and self.wants(batch)
+        if goes_on:
+            self._begun = time.perf_counter()
+        return goes_on
 
 
 def counts_of(pictures: int, identity: Identity) -> list[int]:
@@ -135,25 +146,49 @@ def save_result(path: Path, result: dict[str, Any]) -> None:
     write_json(path, {"format": FORMAT, "version": VERSION} | result)
 
 
-def merged(folders: Sequence[Path]) -> dict[str, dict[str, Any]]:
-    """Results by row, of the folder in which a row has the most pictures."""
+def merged(folders: Sequence[Path], run: Mapping[str, int]) -> dict[str, dict[str, Any]]:
+    """Results by row, of the folder in which a row has the most pictures; all of this `run`."""
     found: dict[str, dict[str, Any]] = {}
     for folder in folders:
         if not folder.is_dir():
             raise UserError(f"no folder {folder} of results; give one that a run has written")
         for path in sorted(folder.glob("*.json")):
-            result = read_json(path, FORMAT, VERSION, "remove it, or give another --merge")
-            check_steps(path, result, found)
+            result = load_result(path, run)
             known = found.get(result["name"])
             if known is None or result["pictures"] > known["pictures"]:
                 found[result["name"]] = result
     return found
 
 
-def check_steps(path: Path, result: dict[str, Any], found: dict[str, dict[str, Any]]) -> None:
-    steps = {row["steps"] for row in found.values()} | {result["steps"]}
-    if len(steps) > 1:
-        raise UserError(
-            f"{path} is of {result['steps']} steps, other results are of "
-            f"{min(steps - {result['steps']})}; merge those of the same --steps"
-        )
+def load_result(path: Path, run: Mapping[str, int]) -> dict[str, Any]:
+    """One row's, which has to be of the same settings: another number of pictures is of other
+    captions, as scenes are drawn field by field."""
+    result = read_json(path, FORMAT, VERSION, "remove it, or give another --merge")
+    for key, wanted in run.items():
+        option = f"--{key.replace('_', '-')}"
+        if key not in result:
+            raise UserError(
+                f"{path} does not say its {option}, so its pictures may be of other captions; "
+                "remove it, and judge that row again by --report-only where it was drawn"
+            )
+        if result[key] != wanted:
+            raise UserError(
+                f"{path} is of {option} {result[key]}, this run is of {wanted}; give results of "
+                f"the same {option}"
+            )
+    return result
+
+
+def measured() -> dict[str, Any]:
+    """Where a row was drawn: rows of several machines may stand side by side."""
+    here = machine()
+    return {key: here[key] for key in ("device", "mlx", "date")}
+
+
+def without(command: str, option: str) -> str:
+    """The command without an option and its value."""
+    words = shlex.split(command)
+    places = {i for i, word in enumerate(words) if word == option}
+    places |= {i + 1 for i in places}
+    places |= {i for i, word in enumerate(words) if word.startswith(f"{option}=")}
+    return shlex.join(word for i, word in enumerate(words) if i not in places)

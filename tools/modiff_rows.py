@@ -41,9 +41,9 @@ class Row:
         return self.name.replace(",", "").replace(" ", "_")
 
     @property
-    def own_floats(self) -> str:
+    def own_floats(self) -> Row:
         """The row of the same weights, with inputs in floats."""
-        return Row(self.weight_bit).name
+        return Row(self.weight_bit)
 
 
 def all_rows() -> list[Row]:
@@ -64,7 +64,8 @@ def all_rows() -> list[Row]:
     return rows
 
 
-PRIORITY = ((8, 8), (4, 8), (8, 6), (8, 4), (4, 4), (8, 3), (8, SIXTEEN), (4, SIXTEEN))
+# Weights and inputs; a row is compared with that of its own weights and inputs in floats.
+PRIORITY = ((8, SIXTEEN), (8, 8), (4, SIXTEEN), (4, 8), (8, 6), (8, 4), (4, 4), (8, 3))
 
 
 def by_priority(rows: list[Row]) -> list[Row]:

@@ -90,6 +90,18 @@ def save_conditioning(folder: Path, images: Sequence[int], conditioning: Conditi
         save_npz(folder / conditioning_name(image), **arrays)
 
 
+def load_conditioning(folder: Path, images: Sequence[int], dtype: mx.Dtype) -> Conditioning:
+    """The images' rows, then their negatives' where the folder was made with guidance."""
+    loaded = [load_npz(folder / conditioning_name(i), finite=True) for i in images]
+    prefixes = ["", "negative_"] if "negative_text" in loaded[0] else [""]
+
+    def rows(name: str) -> mx.array:
+        stacked = [arrays[prefix + name] for prefix in prefixes for arrays in loaded]
+        return mx.array(np.stack(stacked)).astype(dtype)
+
+    return Conditioning(rows("text"), rows("pooled"))
+
+
 def save_results(
     folder: Path, images: Sequence[int], latents: mx.array, pictures: np.ndarray
 ) -> None:
@@ -101,8 +113,12 @@ def save_results(
 
 
 def as_numpy(array: mx.array) -> np.ndarray:
+    return np.array(array.astype(stored_dtype(array.dtype)))
+
+
+def stored_dtype(dtype: mx.Dtype) -> mx.Dtype:
     """npz has no bfloat16; float32 holds all of its values."""
-    return np.array(array.astype(mx.float32) if array.dtype == mx.bfloat16 else array)
+    return mx.float32 if dtype == mx.bfloat16 else dtype
 
 
 def image_bytes(
@@ -160,14 +176,7 @@ class Trajectories:
 
     def conditioning(self, images: Sequence[int], dtype: mx.Dtype) -> Conditioning:
         """The images' rows, then their negatives' where the folder was made with guidance."""
-        loaded = [load_npz(self.folder / conditioning_name(i), finite=True) for i in images]
-        prefixes = ["", "negative_"] if "negative_text" in loaded[0] else [""]
-
-        def rows(name: str) -> mx.array:
-            stacked = [arrays[prefix + name] for prefix in prefixes for arrays in loaded]
-            return mx.array(np.stack(stacked)).astype(dtype)
-
-        return Conditioning(rows("text"), rows("pooled"))
+        return load_conditioning(self.folder, images, dtype)
 
 
 def open_with_pipeline(

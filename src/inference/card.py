@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
-
-SHARD = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
 
 HEAD = """\
 ---
@@ -72,7 +69,8 @@ def model_card(
 
 def read_by_mlx(details: Mapping[str, Any], folder: str) -> dict[str, str]:
     """Of the file or the shards with what MLX's layers read: how they are named, and loaded."""
-    names = [name for name in sorted(details["files"]) if SHARD.fullmatch(name)]
+    files = sorted(details["files"])
+    names = [n for n in files if n.startswith("model") and n.endswith(".safetensors")]
     named = " and ".join(f"`{folder}{name}`" for name in names)
     if len(names) == 1:
         return {"named": f"{named} is", "it": "it", "tensors": f'mx.load("{folder}{names[0]}")'}

@@ -15,7 +15,7 @@ from ..evaluation.sources import DTYPES
 from ..inference.open import Settings, open_artifacts
 from ..inference.residual_options import SIXTEEN
 from ..inference.residuals import Options, Work, refuse
-from ..models.load import Model, chosen, load_pipeline
+from ..models.load import Model, chosen, defaulted, load_pipeline
 from ..models.pipeline import Pipeline
 from ..models.prompts import load_prompts
 from ..quant.loading import source_of
@@ -97,7 +97,7 @@ def open_subject(
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"--dtype {dtype} is unknown; valid: {', '.join(DTYPES)}")
     if weight_bit == SIXTEEN:
-        pipeline = opened(model, DEFAULT_MODEL, dtype)
+        pipeline = opened(model, None, dtype)
         return Subject(pipeline, None, SIXTEEN, {"model_hash": pipeline.hash}, [], {})
     settings = Settings(kernel, weights_only=weights_only)
     if dtype is not None:
@@ -120,11 +120,12 @@ def open_subject(
     )
 
 
-def opened(model: Model | Pipeline | None, recorded: str, dtype: str | None) -> Pipeline:
-    """A pipeline as it is, or the one of that name."""
+def opened(model: Model | Pipeline | None, recorded: str | None, dtype: str | None) -> Pipeline:
+    """A pipeline as it is, or the one of that name; `recorded` is what artifacts were made from."""
     if isinstance(model, Pipeline):
         return model
-    return load_pipeline(chosen(model, recorded), None if dtype is None else DTYPES[dtype])
+    found = defaulted(model, DEFAULT_MODEL) if recorded is None else chosen(model, recorded)
+    return load_pipeline(found, None if dtype is None else DTYPES[dtype])
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,13 @@ def chosen(model: Model | None, recorded: str) -> Model:
     return model or recorded
 
 
+def defaulted(model: Model | None, default: str) -> Model:
+    """What the user asked for; the default where that is neither a model nor a checkpoint."""
+    if isinstance(model, ModelChoice) and model.name is None and model.checkpoint is not None:
+        return model
+    return chosen(model, default)
+
+
 def default_dtype(name: str = "") -> mx.Dtype:
     """float32 on the CPU, where 16-bit products are slow; elsewhere float16, or bfloat16 for
     SD3.5, whose values float16 does not hold."""

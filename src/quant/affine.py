@@ -83,7 +83,7 @@ class FloatAffine:
         return (x if self.frame is None else self.frame.centred(x)).astype(mx.float32)
 
     def expect(self, largest: int | None) -> None:
-        """Floats are multiplied in any case."""
+        """Nothing is prepared, whatever is to come."""
 
     def product(self, codes: mx.array, factor: mx.array | None) -> mx.array:
         x = codes if factor is None else codes * factor
