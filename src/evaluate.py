@@ -21,7 +21,7 @@ from .inference.options import int8_options
 from .inference.saved import is_saved
 from .model_options import model_options
 from .models.load import MODELS, SD3, Model, ModelChoice
-from .quant.int8 import BACKEND_NAMES
+from .quant.int8_operators import BACKEND_NAMES
 from .store import hash_file, human_bytes
 
 PICTURES = "a folder of pictures"

@@ -23,7 +23,7 @@ from src.convert_to_int8 import convert_to_int8
 from src.errors import UserError
 from src.models.checkpoints import read_weights
 from src.quant.grid import dequantize
-from src.quant.int8 import INT8Quantizer
+from src.quant.int8_operators import INT8Quantizer
 from src.quant.replace import QuantizationBlock, prepare_int8
 from src.store import (
     TensorInfo,

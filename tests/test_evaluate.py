@@ -17,7 +17,7 @@ from src.metrics.ssim import ssim
 from src.models.load import ModelChoice
 from src.models.nano.render import render
 from src.models.nano.scenes import sample_scenes
-from src.quant.int8 import BACKEND_NAMES
+from src.quant.int8_operators import BACKEND_NAMES
 from src.store import save_npz
 
 import mlx.core as mx

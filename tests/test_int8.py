@@ -8,13 +8,8 @@ from src.backends import BACKENDS
 from src.backends.cuda_int8 import usable
 from src.backends.weight import unpack
 from src.errors import UserError
-from src.quant.int8 import (
-    BACKEND_NAMES,
-    ByteWeight,
-    INT8Linear,
-    INT8LinearFunction,
-    INT8Quantizer,
-)
+from src.quant.int8 import INT8Linear
+from src.quant.int8_operators import BACKEND_NAMES, ByteWeight, INT8LinearFunction, INT8Quantizer
 
 import mlx.core as mx
 import mlx.nn as nn

@@ -11,7 +11,7 @@ from src.models.load import load_pipeline
 from src.models.prompts import load_prompts
 from src.quant.artifacts import LayerConfig
 from src.quant.grid import output_error
-from src.quant.int8 import INT8Quantizer
+from src.quant.int8_operators import INT8Quantizer
 from src.quant.linear import QuantizedLinear, Runtime
 from src.quant.lowrank import (
     WEIGHTINGS,

@@ -8,7 +8,8 @@ import json
 from src.errors import UserError
 from src.models.load import load_pipeline
 from src.models.paths import BLOCKS, block_linears
-from src.quant.int8 import INT8Linear, INT8Quantizer
+from src.quant.int8 import INT8Linear
+from src.quant.int8_operators import INT8Quantizer
 from src.quant.lora import Adapter, LoRALinear
 from src.quant.replace import (
     LoadOrder,

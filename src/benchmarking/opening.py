@@ -13,7 +13,7 @@ from ..inference.int8 import OFF, Int8
 from ..inference.residuals import ALL, Options
 from ..inference.saved import check_sigmas
 from ..models.load import Model
-from ..quant.int8 import AUTO
+from ..quant.int8_operators import AUTO
 from ..quant.linear import Runtime
 from ..quant.residual_scales import STATIC
 from .drawing import Job

@@ -16,7 +16,7 @@ from ..inference.residual_setup import Prepared, apply
 from ..inference.residuals import Choice, Options, Work, choose, layers_of
 from ..models.load import Model, load_pipeline
 from ..models.pipeline import Conditioning, Pipeline
-from ..quant.int8 import AUTO
+from ..quant.int8_operators import AUTO
 from ..quant.residual_scales import STATIC
 from ..quant.schedule import Step
 from .drawing import Job

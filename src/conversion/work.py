@@ -9,7 +9,7 @@ import numpy as np
 
 from ..errors import UserError
 from ..quant.grid import SMALLEST_SCALE
-from ..quant.int8 import LIMIT
+from ..quant.int8_operators import LIMIT
 from ..store import stream_tensors
 from .format import SCALE, WEIGHT, Scheme
 from .plan import Plan

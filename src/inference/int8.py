@@ -25,7 +25,8 @@ from ..models.nano.assembly import load_folder_pipeline
 from ..models.paths import BLOCKS, MODULATION
 from ..models.pipeline import Pipeline
 from ..models.sd3_load import find_files, load_sd3
-from ..quant.int8 import AUTO, INT8Linear, check_backend
+from ..quant.int8 import INT8Linear
+from ..quant.int8_operators import AUTO, check_backend
 from ..quant.replace import SCOPE, QuantizationBlock, prepare_int8
 from ..store import hash_file, hash_json, load_tensors, read_header
 from .kernels import join, rows_of

@@ -11,7 +11,8 @@ import mlx.nn as nn
 
 from ..errors import UserError
 from .grid import dequantize
-from .int8 import INT8Linear, INT8LinearFunction, INT8Quantizer
+from .int8 import INT8Linear
+from .int8_operators import INT8LinearFunction, INT8Quantizer
 from .linear import QuantizedLinear
 
 

@@ -19,7 +19,7 @@ from ..errors import UserError
 from .artifacts import LayerConfig
 from .gptq import gptq_codes
 from .grid import dequantize, guarded_scale, output_error
-from .int8 import AUTO, INT8LinearFunction, INT8Quantizer, check_backend
+from .int8_operators import AUTO, INT8LinearFunction, INT8Quantizer, check_backend
 from .linear import QuantizedLinear, Runtime, as_float32, step_bias
 from .packing import pack_codes
 

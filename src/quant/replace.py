@@ -19,7 +19,8 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from ..errors import UserError
 from ..store import load_folder, load_tensors, read_json
-from .int8 import AUTO, PROTECTED, INT8Linear, check_backend
+from .int8 import PROTECTED, INT8Linear
+from .int8_operators import AUTO, check_backend
 
 SCOPE = "blocks"
 ADAPTER = "lora_a"  # what every run-time LoRA layer holds, MLX's and ours
