@@ -143,10 +143,8 @@ class CudaInt8:
         columns: mx.array | None = None,
     ) -> mx.array:
         """(rows, outputs); `columns` is a row of `column_table`, none adds no bias."""
-        columns = operand["columns"] if columns is None else columns
-        return kernels.multiply(
-            codes, tiles_of(operand), operand["scales"], columns, dtype, variant_of(operand, codes)
-        )
+        weight = weight_of(operand, columns)
+        return kernels.multiply(codes, *weight, dtype, variant_of(operand, codes))
 
     def product_added(
         self,
@@ -157,16 +155,8 @@ class CudaInt8:
         columns: mx.array | None = None,
     ) -> mx.array:
         """residual + gate · product, in the residual's shape and dtype."""
-        columns = operand["columns"] if columns is None else columns
-        return kernels.multiply_added(
-            codes,
-            tiles_of(operand),
-            operand["scales"],
-            columns,
-            residual,
-            gate,
-            variant_of(operand, codes),
-        )
+        weight = weight_of(operand, columns)
+        return kernels.multiply_added(codes, *weight, residual, gate, variant_of(operand, codes))
 
     def product_gelu(
         self,
@@ -176,15 +166,8 @@ class CudaInt8:
         columns: mx.array | None = None,
     ) -> Codes:
         """The product through GELU, quantized for the next."""
-        columns = operand["columns"] if columns is None else columns
-        return kernels.multiply_gelu(
-            codes,
-            tiles_of(operand),
-            operand["scales"],
-            columns,
-            following,
-            variant_of(operand, codes),
-        )
+        weight = weight_of(operand, columns)
+        return kernels.multiply_gelu(codes, *weight, following, variant_of(operand, codes))
 
     def linear(
         self,
@@ -207,6 +190,14 @@ def variant_of(operand: dict[str, Any], codes: Codes) -> Variant:
         variant is WGMMA and "narrow" in operand and kernels.narrow_is_faster(codes.rows, width)
     )
     return VARIANTS[operand["narrow"]] if narrow else variant
+
+
+def weight_of(
+    operand: dict[str, Any], columns: mx.array | None
+) -> tuple[mx.array, mx.array, mx.array]:
+    """Tiles, scales and the column table, the weight's own where none is given."""
+    columns = operand["columns"] if columns is None else columns
+    return tiles_of(operand), operand["scales"], columns
 
 
 def tiles_of(operand: dict[str, Any]) -> mx.array:

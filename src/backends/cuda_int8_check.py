@@ -259,11 +259,20 @@ def random_input(
     scale, limit = float(rng.choice([0.0625, 0.0431])), float(rng.choice([7, 31, 127]))
     x = np.rint(rng.standard_normal((rows, columns)) * limit) * scale / 2
     held = mx.array(x.astype(np.float32)).astype(dtype)
-    shift = rng.standard_normal(columns).astype(np.float32) if shifted else None
-    smoothing = rng.uniform(0.3, 3, columns).astype(np.float32) if smoothed else None
+    shift, smoothing = random_vectors(rng, columns, shifted, smoothed)
     x = np.array(held.astype(mx.float32))
     codes, scales = codes_of(x, scale, limit, shift, smoothing, per_token)
     return RandomInput(held, grid_of(scale, limit, shift, smoothing, per_token), codes, scales)
+
+
+def random_vectors(
+    rng: np.random.Generator, columns: int, shifted: bool, smoothed: bool
+) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """Shift and smoothing, each where it is asked for."""
+    return (
+        rng.standard_normal(columns).astype(np.float32) if shifted else None,
+        rng.uniform(0.3, 3, columns).astype(np.float32) if smoothed else None,
+    )
 
 
 def grid_of(
@@ -292,8 +301,7 @@ def random_modulated(
     x = mx.array(rng.normal(1, 2, (batch, tokens, columns)).astype(np.float32)).astype(dtype)
     parts = mx.array(rng.normal(0, 0.5, (batch, 3 * columns)).astype(np.float32)).astype(dtype)
     moved, scaled = mx.split(parts, 3, axis=1)[1:]
-    shift = rng.standard_normal(columns).astype(np.float32) if shifted else None
-    smoothing = rng.uniform(0.3, 3, columns).astype(np.float32) if smoothed else None
+    shift, smoothing = random_vectors(rng, columns, shifted, smoothed)
     exact, offset, gain = (
         np.array(v.astype(mx.float32)).astype(np.float64) for v in (x, moved, scaled)
     )
