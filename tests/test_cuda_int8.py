@@ -50,7 +50,17 @@ from .quantized_models import quantized_pipeline
 VARIANT = suited(Device.here())
 VARIANTS = [v for v in (WGMMA, NARROW, MMA) if VARIANT is WGMMA or v is VARIANT]  # Hopper has all
 needs_cuda = pytest.mark.skipif(VARIANT is None, reason="no NVIDIA GPU from sm_80 on here")
-on_all = pytest.mark.parametrize("variant", VARIANTS or [MMA], ids=lambda v: v.name)
+HERE = VARIANTS or [MMA]
+
+
+def name_of(value: object) -> str:
+    return getattr(value, "name", str(value))
+
+
+on_all = pytest.mark.parametrize("variant", HERE, ids=name_of)
+on_all_with_outputs = pytest.mark.parametrize(
+    "variant, outputs", [(v, n) for v in HERE for n in (384, 72, 133) if v.fits(n)], ids=name_of
+)
 LINEARS = {
     "sd3": [(1536, 1536), (6144, 1536), (1536, 6144), (4608, 1536), (9216, 1536)],
     "sd3.5-large": [(2432, 2432), (9728, 2432), (2432, 9728)],
@@ -324,11 +334,13 @@ def test_the_self_test_passes(variant):
 
 
 @needs_cuda
-@on_all
-@pytest.mark.parametrize("model, outputs, columns", SHAPES)
+@pytest.mark.parametrize(
+    "variant, model, outputs, columns",
+    # The narrow tiles are the wide ones but for their width.
+    [(v, *shape) for v in HERE for shape in SHAPES if v is not NARROW or shape[0] == "sd3"],
+    ids=name_of,
+)
 def test_models_shapes_are_exact(variant, model, outputs, columns):
-    if variant is NARROW and model != "sd3":
-        pytest.skip("the wide tiles' turn")
     for rows, bits in ((1, 4), (333, 8)):
         assert wrong_sums(variant, Case(rows, outputs, columns, bits)) == 0
 
@@ -415,12 +427,9 @@ def test_modulated_codes_do_not_depend_on_where_things_lie():
 
 
 @needs_cuda
-@on_all
-@pytest.mark.parametrize("outputs", [384, 72, 133])
+@on_all_with_outputs
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16, mx.float32])
 def test_gated_sums_are_rounded_once_wherever_things_lie(variant, outputs, dtype):
-    if not variant.fits(outputs):
-        pytest.skip("whole tiles only")
     rng = np.random.default_rng(0)
     _, weight = random_weight(rng, Case(1, outputs, 160, 4))
     scales, bias = weight.scales[:, 0], mx.array(rng.standard_normal(outputs).astype(np.float32))
@@ -452,11 +461,8 @@ def test_gated_sums_are_rounded_once_wherever_things_lie(variant, outputs, dtype
 
 
 @needs_cuda
-@on_all
-@pytest.mark.parametrize("outputs", [384, 72, 133])
+@on_all_with_outputs
 def test_sixteen_bit_outputs_are_float32_ones_rounded(variant, outputs):
-    if not variant.fits(outputs):
-        pytest.skip("whole tiles only")
     rng = np.random.default_rng(0)
     _, weight = random_weight(rng, Case(1, outputs, 160, 4))
     scales, bias = weight.scales[:, 0], mx.array(rng.standard_normal(outputs).astype(np.float32))
