@@ -30,7 +30,6 @@ from mlx.utils import tree_flatten
 from .helpers import (
     random_inputs,
     random_model,
-    refuse_network,
     relative_error,
 )
 from .tiny_sd3 import (
@@ -49,14 +48,8 @@ PROMPT = "a cat on the mat"
 SIZE = {"height": 64, "width": 64}
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory) -> TinySD3:
-    return write_tiny_sd3(tmp_path_factory.mktemp("tiny"))
-
-
 @pytest.fixture(autouse=True)
-def no_network(monkeypatch, tmp_path):
-    refuse_network(monkeypatch, tmp_path / "no-cache")
+def quiet(offline):
     logging.getLogger("diffusionkit").setLevel(logging.ERROR)
 
 

@@ -21,7 +21,7 @@ import mlx.core as mx
 import pytest
 
 from .checkpoint_layouts import to_diffusers, to_mlx, to_stability
-from .helpers import assert_one_error_line, random_model, refuse_network, run_here
+from .helpers import assert_one_error_line, random_model, run_here
 from .quantized_models import quantized_pipeline
 
 CONFIG = MMDiTConfig(depth=2, hidden=128, heads=2, text_dim=64, pooled_dim=32, position_size=16)
@@ -37,8 +37,7 @@ needs_no_kit = pytest.mark.skipif(
 
 
 @pytest.fixture(autouse=True)
-def no_network(monkeypatch, tmp_path):
-    refuse_network(monkeypatch, tmp_path / "no-cache")
+def no_checkpoint(offline, monkeypatch):
     monkeypatch.delenv("DITQ_CHECKPOINT", raising=False)
 
 

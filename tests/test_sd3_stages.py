@@ -22,24 +22,13 @@ import pytest
 from mlx.utils import tree_flatten
 from PIL import Image
 
-from .helpers import assert_one_error_line, refuse_network, run_here
+from .helpers import assert_one_error_line, run_here
 from .quantized_models import quantized_pipeline
-from .tiny_sd3 import TinySD3, write_tiny_sd3
 
-pytestmark = [pytest.mark.sd3, pytest.mark.slow]
+pytestmark = [pytest.mark.sd3, pytest.mark.slow, pytest.mark.usefixtures("offline")]
 
 PROMPT = "a cat on the mat"
 SIZE = {"height": 64, "width": 64}
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory) -> TinySD3:
-    return write_tiny_sd3(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(autouse=True)
-def no_network(monkeypatch, tmp_path):
-    refuse_network(monkeypatch, tmp_path / "no-cache")
 
 
 def stage(name: str, folder: Path, *options: str) -> str:
