@@ -66,11 +66,10 @@ def runs(name: str, call: Callable[[], mx.array]) -> bool:
 
 def steps(model: str, rounds: int, quant_config: Path | None) -> dict[str, dict[str, float]]:
     """One guided step of the model, one picture."""
-    subject, own = (
-        open_subject(model, None, codes, None) for codes in (Codes(), Codes(None, quant_config))
-    )
+    subject = open_subject(model, None, Codes(), None)
     pipelines = {"float": subject.exact}
     if quant_config is not None:
+        own = open_subject(model, None, Codes(None, quant_config), None)
         pipelines[CONFIG] = with_kernel(own.quantized, None, "static")[0]
     for name, (a_scale, kernel) in VARIANTS.items():
         backend = None if kernel is None else named(kernel)

@@ -27,7 +27,8 @@ from src.models.load import default_dtype, load_pipeline
 from src.models.mmdit import MMDiT
 from src.models.pipeline import Conditioning, Defaults, Pipeline
 from src.models.prompts import load_prompts
-from src.quant.int8 import AUTO, FALLBACK, KEEPS_UNPACKED, INT8Linear
+from src.quant.int8 import INT8Linear
+from src.quant.int8_operators import AUTO, FALLBACK, KEEPS_UNPACKED
 from src.quant.replace import collect_replace_targets, replace_linear_with_int8
 
 import click
@@ -74,16 +75,19 @@ def peak_of(step: Callable[[], mx.array]) -> dict[str, int]:
     mx.eval(step())
     gc.collect()
     mx.clear_cache()
-    held, found = mx.get_active_memory(), {}
+    held = mx.get_active_memory()
+    peak = peak_once(step)
     limit = mx.set_memory_limit(held)
-    mx.set_memory_limit(limit)
-    for name, most in (("peak", limit), ("in_order", held)):
-        mx.set_memory_limit(most)
-        mx.reset_peak_memory()
-        mx.eval(step())
-        found[name] = mx.get_peak_memory()
-    mx.set_memory_limit(limit)
-    return {"held": held, **found}
+    try:
+        return {"held": held, "peak": peak, "in_order": peak_once(step)}
+    finally:
+        mx.set_memory_limit(limit)
+
+
+def peak_once(step: Callable[[], mx.array]) -> int:
+    mx.reset_peak_memory()
+    mx.eval(step())
+    return mx.get_peak_memory()
 
 
 def int8_model(exact: MMDiT, block_size: int) -> MMDiT:
