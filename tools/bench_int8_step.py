@@ -24,37 +24,32 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from src.backends import Device, cuda_int8, named
+from src.backends import Device, cuda_int8
 from src.benchmarking.kernels import available
-from src.benchmarking.subjects import again, with_layers
 from src.benchmarking.timing import in_turns, ratios, refusal_of, seconds_of, spread
 from src.cuda import VARIABLE
-from src.inference.int8 import share_work
-from src.inference.kernels import TEXT_TOKENS, join, rows_of
-from src.models.configs import config_named
-from src.models.load import default_dtype
-from src.models.mmdit import MMDiT, attend
+from src.inference.kernels import TEXT_TOKENS
+from src.models.mmdit import attend
 from src.models.paths import block_linears
-from src.models.pipeline import Conditioning, Defaults, Pipeline
-from src.quant.artifacts import LayerConfig
-from src.quant.int8 import INT8Linear
-from src.quant.linear import QuantizedLinear, Runtime
-from src.quant.schedule import Schedule, Step
-from src.sampling import sd3_sigmas
+from src.models.pipeline import Pipeline
 
 import click
 import mlx.core as mx
-import mlx.nn as nn
-import numpy as np
-from mlx.utils import tree_flatten
 
 from tools.bench_common import machine, write_report
-from tools.synthetic import fill_random
+from tools.int8_models import (
+    BASE,
+    MLX4,
+    TIMED,
+    Model,
+    held_bytes,
+    inputs_of,
+    kernels_of,
+    model_of,
+    peak_of,
+    step_of,
+)
 
-STEPS, GUIDANCE, SIDE, GROUP = 28, 5.0, 8, 64
-SIGMAS = tuple(float(s) for s in sd3_sigmas(STEPS)[:-1])
-BASE, MLX4 = "16 bits", "W4A16, MLX's own 4 bits"
-BITS = (8, 4)
 MAKING = 3  # seconds that one more row may take
 # Of MLX's primitives those that only look at an array in another way.
 VIEWS = set(
@@ -71,77 +66,12 @@ class Row:
     make: Callable[[], Pipeline]
 
 
-@dataclass(frozen=True)
-class Model:
-    """In 16 bits, and its codes of 8 and 4 bits, which all kernels share."""
-
-    exact: Pipeline
-    codes: dict[int, dict[str, QuantizedLinear]]  # by bits and path
-
-    def over(self, bits: int, kernel: str | None, joins: bool = True) -> Pipeline:
-        """Multiplied by that kernel; none: as `select` decides for the size. Layers share work
-        unless told otherwise."""
-        step, rows = Step(Schedule(SIGMAS)), rows_of(self.exact.transformer.config, self.defaults)
-        backend = None if kernel is None else named(kernel)
-        layers = {
-            path: again(layer, self.exact.dtype, Runtime(step, "static", backend, rows(path)))
-            for path, layer in self.codes[bits].items()
-        }
-        made = with_layers(self.exact, layers, step)
-        if joins:
-            join(made.transformer)
-        return made
-
-    def replaced(self, layer_of: Callable[[nn.Linear], nn.Module]) -> Pipeline:
-        linears = block_linears(self.exact.transformer)
-        layers = {path: layer_of(linear) for path, linear in linears.items()}
-        for layer in layers.values():
-            mx.eval(layer.parameters())
-        return with_layers(self.exact, layers)
-
-    def in_int8(self) -> Pipeline:
-        """As `--use_int8` has it."""
-        made = self.replaced(INT8Linear.from_linear)
-        rows = rows_of(made.transformer.config, self.defaults)
-        share_work(made.transformer, rows, made.dtype)
-        return made
-
-    @property
-    def defaults(self) -> Defaults:
-        return self.exact.defaults
-
-
-def grid_of(path: str, columns: int) -> LayerConfig:
-    """One scale for all steps, and a shift behind GELU: times depend on no number."""
-    shift = np.full(columns, 0.1, np.float32) if path.endswith("fc2") else None
-    return LayerConfig([8] * STEPS, [0.05] * STEPS, shift)
-
-
-def model_of(name: str) -> Model:
-    transformer, dtype = MMDiT(config_named(name)), default_dtype()
-    fill_random(transformer, dtype)
-    defaults = Defaults(STEPS, GUIDANCE, 3.0, 0, 0, 0)
-    exact = Pipeline(name, "", "", None, transformer, None, defaults, dtype)
-    runtime = Runtime(Step(Schedule(SIGMAS)), backend=named("reference"))
-    codes: dict[int, dict[str, QuantizedLinear]] = {bits: {} for bits in BITS}
-    for path, linear in block_linears(transformer).items():
-        for bits in BITS:
-            grid = grid_of(path, linear.weight.shape[1])
-            layer = QuantizedLinear.from_linear(linear, bits=bits, grid=grid, runtime=runtime)
-            mx.eval(layer.parameters())
-            codes[bits][path] = layer
-    return Model(exact, codes)
-
-
 def rows_for(model: Model) -> Iterator[Row]:
     """All that is compared, the most wanted first."""
     kernels = [name for name in available(()).names if name != "reference"]
     kernels.sort(key=lambda name: not name.startswith("cuda"))
     yield Row(BASE, lambda: model.exact)
-    yield Row(
-        MLX4,
-        lambda: model.replaced(lambda linear: nn.QuantizedLinear.from_linear(linear, GROUP, 4)),
-    )
+    yield Row(MLX4, model.in_mlx4)
     for bits in (4, 8):
         yield Row(f"W{bits}A8, as chosen", lambda bits=bits: model.over(bits, None))
         for kernel in kernels:
@@ -149,21 +79,6 @@ def rows_for(model: Model) -> Iterator[Row]:
                 f"W{bits}A8, {kernel}", lambda bits=bits, kernel=kernel: model.over(bits, kernel)
             )
     yield Row("INT8 layers, scales per token", model.in_int8)
-
-
-def held_bytes(transformer: MMDiT) -> int:
-    """Of all arrays that the transformer holds, also those that a kernel has made."""
-    arrays = {id(a): a for _, a in tree_flatten(transformer) if isinstance(a, mx.array)}
-    return sum(array.nbytes for array in arrays.values())
-
-
-def peak_of(call: Callable[[], mx.array]) -> int:
-    """Bytes that one step needs on top of what is there."""
-    mx.clear_cache()
-    before = mx.get_active_memory()
-    mx.reset_peak_memory()
-    mx.eval(call())
-    return mx.get_peak_memory() - before
 
 
 def attention_of(model: Model, tokens: int) -> Callable[[], list[mx.array]]:
@@ -200,40 +115,29 @@ def linears_of(model: Model, tokens: int) -> Callable[[], list[mx.array]]:
 
 def measured(model: Model, pixels: int, rounds: int, end: float) -> dict[str, Any]:
     """All rows at one size, in turns."""
-    model.exact.defaults = Defaults(STEPS, GUIDANCE, 3.0, pixels, pixels, 0)
-    config, dtype, side = model.exact.transformer.config, model.exact.dtype, pixels // SIDE
-    tokens = (side // config.patch) ** 2
-    conditioning = Conditioning(
-        mx.random.normal((2, TEXT_TOKENS, config.text_dim)).astype(dtype),
-        mx.random.normal((2, config.pooled_dim)).astype(dtype),
-    )
-    latent = mx.random.normal((1, side, side, config.latent_channels))
-    mx.eval(latent, conditioning.text, conditioning.pooled)
+    model.draw_at(pixels)
+    inputs = inputs_of(model, pixels)
     calls: dict[str, Callable[[], mx.array]] = {}
-    found: dict[str, Any] = {"tokens": tokens, "rows": {}, "left_out": {}}
+    found: dict[str, Any] = {"tokens": inputs.tokens, "rows": {}, "left_out": {}}
     turn = 0.0  # seconds of all rows so far, one after the other
     for row in rows_for(model):
         if time.monotonic() + MAKING + (rounds + 1) * turn > end:
             found["left_out"][row.name] = "no time was left"
             continue
         pipeline = row.make()
-        velocity = pipeline.velocity(conditioning, GUIDANCE)
-
-        def call(velocity: Any = velocity) -> mx.array:
-            return velocity(latent, mx.array(SIGMAS[3]))
-
+        call = step_of(pipeline, inputs)
         if reason := refusal_of(lambda call=call: mx.eval(call())):
             found["left_out"][row.name] = reason
             continue
         begun = time.monotonic()
         peak, calls[row.name] = peak_of(call), call
         turn += time.monotonic() - begun
-        layers = [m for _, m in pipeline.transformer.named_modules() if hasattr(m, "kernel")]
         found["rows"][row.name] = {
             "held": held_bytes(pipeline.transformer),
             "peak": peak,
-            "kernels": {n: sum(m.kernel == n for m in layers) for n in {m.kernel for m in layers}},
+            "kernels": kernels_of(pipeline.transformer),
         }
+    tokens = inputs.tokens
     parts = {"attention": attention_of(model, tokens), "linears": linears_of(model, tokens)}
     timed = {name: seconds_of(call) for name, call in (calls | parts).items()}
     seconds = in_turns(timed, rounds, warm_up=1)
@@ -255,7 +159,7 @@ def launches(pipeline: Pipeline, tokens: int) -> dict[str, int]:
     inputs = [mx.zeros(shape, dtype) for shape in shapes]
     mx.eval(inputs)
     level = transformer.level
-    with nullcontext() if level is None else level.at(mx.array(SIGMAS[3])):
+    with nullcontext() if level is None else level.at(mx.array(TIMED)):
         mx.eval([] if level is None else [level.place, level.part, level.grid(0, 3)])
         outputs = mx.compile(block.modulated)(*inputs)
     graph = io.StringIO()
