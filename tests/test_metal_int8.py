@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import json
 import platform
-import subprocess
 import sys
 
 from src.backends import BACKENDS, Device, Weight, named, select
@@ -18,7 +17,8 @@ from src.backends import metal_int8_kernels as kernels
 from src.backends.cuda_int8_check import Case, codes_of, random_weight
 from src.backends.fusing import Fusing, InputGrid
 from src.backends.metal_int8 import MetalInt8, fallback, fits, refusal, status, takes, usable
-from src.backends.metal_int8_check import Machine, macos_version, record_file, self_test, unsuited
+from src.backends.metal_int8_check import Machine, macos_version, record, self_test, unsuited
+from src.backends.remembering import GIVEN_UP
 from src.quant.artifacts import LayerConfig
 from src.quant.int8 import INT8Linear
 from src.quant.linear import QuantizedLinear, Runtime
@@ -61,6 +61,10 @@ def pretend(monkeypatch, home, *, architecture="applegpu_g17s", macos="26.2"):
     forget()
 
 
+def record_file():
+    return record(Machine.here()).file
+
+
 def forget():
     """As if the process had just begun."""
     for made in (kernels.quantize_kernel, kernels.multiply_kernel, self_test):
@@ -85,7 +89,7 @@ def stand_in(monkeypatch, mac, libraries):
 @pytest.fixture
 def tested(stand_in):
     """The same, its self-test passed before."""
-    check.remember(Machine.here(), "")
+    record(Machine.here()).write("")
     return stand_in
 
 
@@ -334,25 +338,10 @@ def test_where_mlx_has_no_metal_the_test_fails_and_says_why(mac):
 
 
 @on_stand_in
-def test_a_test_that_ended_the_process_is_not_begun_again(stand_in):
-    ended = subprocess.Popen([sys.executable, "-c", ""])
-    ended.wait()
-    check.remember(Machine.here(), check.UNFINISHED, ended.pid)
+def test_tests_that_ended_their_process_are_not_begun_again(stand_in):
+    record(Machine.here()).write(GIVEN_UP)
     assert not usable() and not stand_in.launched
-    assert "an earlier test did not come to its end" in status()
-
-
-def test_a_test_that_another_process_has_begun_says_nothing_yet(mac):
-    """Two first runs at once: the second one tests too, and takes the first for no crash."""
-    mac()
-    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
-        check.remember(Machine.here(), check.UNFINISHED, other.pid)
-        assert check.remembered(Machine.here()) is None
-        other.communicate()
-    assert check.remembered(Machine.here()) == check.UNFINISHED
-    for process in (-1, 10**30):
-        check.remember(Machine.here(), "wrong", process)
-        assert check.remembered(Machine.here()) == "wrong"
+    assert GIVEN_UP in status()
 
 
 @on_stand_in

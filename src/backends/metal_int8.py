@@ -16,7 +16,7 @@ from . import metal_int8_kernels as kernels
 from .dense import Dense
 from .device import M5, Device
 from .fusing import InputGrid, multiply_codes
-from .metal_int8_check import Machine, record_file, self_test, unsuited
+from .metal_int8_check import Machine, record, self_test, unsuited
 from .metal_int8_kernels import TILE, Codes
 from .quantized_matmul import QuantizedMatmul
 from .unpack import Unpack
@@ -38,8 +38,8 @@ def status() -> str:
     if why := unsuited(machine):
         return f"not used: {why}"
     if wrong := self_test(machine):
-        again = f"to test again delete {record_file()}"
-        return f"not used: self-test failed on {machine.architecture}: {wrong}; {again}"
+        failed = f"self-test failed on {machine.architecture}: {wrong}"
+        return f"not used: {failed}; {record(machine).way_out}"
     return f"matmul2d on {machine.architecture}, self-test passed"
 
 

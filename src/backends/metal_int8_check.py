@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import re
-from contextlib import suppress
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
-from ..errors import UserError
-from ..store import hash_json, read_json, write_json
+from ..store import hash_json
 from . import metal_int8_kernels as kernels
 from .cuda_int8_check import QUANTIZER_TEST, Case, first_wrong, random_input, random_product
 from .device import M5, Device
 from .fusing import InputGrid
-from .tuning import cache_folder
+from .remembering import Record, found_once
 
 OLDEST_MACOS = (26, 2)
-FORMAT, VERSION = "ditq-metal-int8-self-test", 1
-UNFINISHED = "an earlier test did not come to its end"
 
 # Ragged rows and whole tiles, one step of depth and many, sums beyond 2^24.
 SELF_TEST = (
@@ -87,59 +81,19 @@ def wrong_codes(case: tuple[int, int, mx.Dtype, dict[str, Any]]) -> int:
     return wrong + int((scales != wanted.scales).sum())
 
 
-def record_file() -> Path:
-    return cache_folder() / "metal_int8.json"
-
-
-def record(machine: Machine, wrong: str, process: int = 0) -> dict[str, Any]:
-    """`process` is the one that is still testing, 0 of a test that is over."""
+def record(machine: Machine) -> Record:
+    """Where the self-test's result is kept, and what it holds for."""
     parts = [kernels.text(name) for name in ("quantize_header", "quantize", "multiply")]
     source = hash_json([*parts, kernels.TILE, kernels.SIMDGROUPS])
-    known = [machine.architecture, machine.macos, machine.mlx, source]
-    head = {"format": FORMAT, "version": VERSION, "machine": known}
-    return {**head, "wrong": wrong, "process": process}
+    return Record("metal_int8", (machine.architecture, machine.macos, machine.mlx, source))
 
 
-def remembered(machine: Machine) -> str | None:
-    """What an earlier self-test found, none where there was none for these kernels here, or where
-    it is still going on in another process."""
-    try:
-        found = read_json(record_file(), FORMAT, VERSION)
-    except UserError:
-        return None
-    wrong, process = found.get("wrong"), found.get("process")
-    if not isinstance(wrong, str) or type(process) is not int:
-        return None
-    return wrong if found == record(machine, wrong, process) and not lives(process) else None
-
-
-def lives(process: int) -> bool:
-    """Whether there is a process of that number, from 1 on."""
-    try:
-        if process > 0:
-            os.kill(process, 0)
-    except PermissionError:  # another user's
-        return True
-    except (ProcessLookupError, OverflowError):
-        return False
-    return process > 0
-
-
-def remember(machine: Machine, wrong: str, process: int = 0) -> None:
-    with suppress(UserError):  # where nothing can be written, each process tests anew
-        write_json(record_file(), record(machine, wrong, process))
+def try_out() -> str:
+    """Empty where all is exact, else what went wrong; by testing now."""
+    return first_wrong(SELF_TEST, wrong_sums) or first_wrong(QUANTIZER_TEST, wrong_codes)
 
 
 @lru_cache
 def self_test(machine: Machine) -> str:
-    """Empty where all is exact, else what went wrong; run once a machine."""
-    if (known := remembered(machine)) is not None:
-        return known
-    remember(machine, UNFINISHED, os.getpid())  # what a crash of the GPU's driver leaves behind
-    try:
-        wrong = first_wrong(SELF_TEST, wrong_sums) or first_wrong(QUANTIZER_TEST, wrong_codes)
-    except BaseException:
-        record_file().unlink(missing_ok=True)
-        raise
-    remember(machine, wrong)
-    return wrong
+    """The same, tested once a machine."""
+    return found_once(record(machine), try_out)

@@ -16,16 +16,17 @@ LOCK_NAME = ".lock"
 
 @contextmanager
 def folder_lock(
-    folder: str | Path, name: str = LOCK_NAME, rank: int | None = None
+    folder: str | Path, name: str = LOCK_NAME, rank: int | None = None, wait: bool = False
 ) -> Iterator[None]:
-    """Hold `folder` (made if missing) for this process; a second run gets an error at once.
+    """Hold `folder` (made if missing) for this process; a second run gets an error at once,
+    or with `wait` its turn.
 
     The processes of one distributed run share a folder: each gives its `rank`. Rank 0 holds
     the same lock as a run without ranks. The file goes when the lock is given back; after
     `kill -9` it stays, but holds nobody off.
     """
     path = Path(folder) / (f"{name}.rank-{rank}" if rank else name)
-    descriptor = _take(path)
+    descriptor = _take(path, wait)
     try:
         yield
     finally:
@@ -33,7 +34,7 @@ def folder_lock(
         os.close(descriptor)
 
 
-def _take(path: Path) -> int:
+def _take(path: Path, wait: bool) -> int:
     """The descriptor of the locked file at `path`."""
     while True:
         try:
@@ -42,7 +43,7 @@ def _take(path: Path) -> int:
         except OSError as error:
             raise os_error(error, path, "lock") from error
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             if _is_in_place(descriptor, path):
                 os.ftruncate(descriptor, 0)
                 os.pwrite(descriptor, str(os.getpid()).encode(), 0)
