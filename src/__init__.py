@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import sys
 
-from . import blas
+from . import blas, cuda
 from .version import VERSION as __version__  # noqa: F401
 
 blas.preload()  # before anything imports mlx.core
+cuda.keep_few_under_way()
 
 try:
     import mlx.core  # noqa: F401
