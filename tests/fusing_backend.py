@@ -5,6 +5,7 @@ Codes are float32 matrices; tables are the vectors themselves.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,6 +42,8 @@ class FusingBackend:
     chained: int = 0
     normalized: int = 0
     added: int = 0
+    multiplied: int = 0
+    merges: bool = False
     refuses: set[int] = field(default_factory=set)  # widths of weights that it leaves to others
 
     def prepare(self, weight: Weight, dtype: mx.Dtype, largest: int | None) -> dict[str, Any]:
@@ -78,6 +81,17 @@ class FusingBackend:
         normal = mx.fast.layer_norm(x.astype(mx.float32), None, None, modulation.eps)
         return self.quantize(normal * (1 + scale) + shift, grid)
 
+    def merged(self, operands: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+        if not self.merges:
+            return None
+        codes, scales = (mx.concatenate([o[k] for o in operands]) for k in ("codes", "scales"))
+        mx.eval(codes, scales)
+        end = 0
+        for operand in operands:
+            operand["begin"], operand["end"] = end, (end := end + len(operand["codes"]))
+            operand["codes"] = codes
+        return {"own": True, "codes": codes, "scales": scales}
+
     def bias_table(self, operand: dict[str, Any], biases: mx.array) -> mx.array:
         return biases
 
@@ -88,7 +102,9 @@ class FusingBackend:
         dtype: mx.Dtype,
         columns: mx.array | None = None,
     ) -> mx.array:
-        y = codes.values @ operand["codes"].T * (codes.scales * operand["scales"][:, 0])
+        self.multiplied += 1
+        weight = operand["codes"][operand.get("begin") : operand.get("end")]
+        y = codes.values @ weight.T * (codes.scales * operand["scales"][:, 0])
         return (y if columns is None else y + columns).astype(dtype)
 
     def product_added(

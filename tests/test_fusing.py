@@ -207,6 +207,39 @@ def test_layers_of_two_models_or_a_plain_one_share_nothing():
     assert backend.quantized == before + 2 and mx.array_equal(k, joined.k_proj(x))
 
 
+@pytest.mark.parametrize("shifts", [0, 3])
+def test_q_k_and_v_are_one_product_where_the_backend_can(shifts):
+    backend, step = FusingBackend(merges=True), Step(Schedule(SIGMAS))
+    attention = attention_of([grid(shifts=shifts)] * 3, backend, step)
+    joined, x = JoinedProjections(attention, NORM), mx.random.normal((2, 7, COLUMNS))
+    layers = joined.q_proj, joined.k_proj, joined.v_proj
+    for sigma in (0.9, 0.6, 0.1):
+        step.set_sigma(mx.array([sigma]))
+        before, got = backend.multiplied, joined.project(x)
+        assert backend.multiplied == before + 1
+        assert mx.array_equal(got, mx.concatenate([layer(x) for layer in layers], axis=-1))
+    step.set_sigma(mx.array([0.9, 0.1]))
+    got = joined.project(x)
+    assert isinstance(got, tuple) == (shifts > 1)  # rows of the batch with biases of their own
+    for part, layer in zip(mx.split(got, 3, axis=-1) if shifts < 2 else got, layers, strict=True):
+        assert mx.array_equal(part, layer(x))
+
+
+def test_what_was_merged_ends_with_another_layer_or_another_kernel():
+    for change in (
+        lambda joined, other: setattr(joined, "k_proj", other),
+        lambda joined, other: joined.v_proj.prepare(joined.v_proj.runtime, mx.float32),
+    ):
+        backend, step = FusingBackend(merges=True), Step(Schedule(SIGMAS))
+        one, other = (attention_of([grid()] * 3, backend, step) for _ in range(2))
+        joined, x = JoinedProjections(one, NORM), mx.random.normal((2, 7, COLUMNS))
+        assert isinstance(joined.project(x), mx.array)
+        change(joined, other.v_proj)
+        layers = joined.q_proj, joined.k_proj, joined.v_proj
+        for got, layer in zip(joined.project(x), layers, strict=True):
+            assert mx.array_equal(got, layer(x))
+
+
 def feed_forward(backend, step, *, shifts=1, smoothing=False, coarse=1, a_scale="static", low=None):
     def quantized(columns, rows, config, low_rank=None):
         mx.random.seed(rows)
@@ -401,6 +434,19 @@ def velocity(pipeline, sigma, height: int = 8, width: int = 8) -> mx.array:
     latent, text, pooled = random_inputs(pipeline.transformer.config, height, width)
     text, pooled = (mx.concatenate([v, v]) for v in (text, pooled))
     return guided(pipeline.transformer, latent, mx.array(sigma), text, pooled, 4.0)
+
+
+@pytest.mark.parametrize("model", ["tiny", "tiny-3.5-medium"])
+def test_q_k_and_v_as_one_product_change_no_bit(model):
+    alone, together = FusingBackend(), FusingBackend(merges=True)
+    pipelines = [joined_model(model, backend, **HOW)[0] for backend in (alone, together)]
+    one, other = (velocity(pipeline, 0.5) for pipeline in pipelines)
+    assert mx.array_equal(one, other)
+    config = pipelines[0].transformer.config
+    attentions = 2 * config.depth + config.dual_attention_blocks
+    assert together.multiplied == alone.multiplied - 2 * attentions
+    compiled = mx.compile(lambda: velocity(pipelines[1], 0.5), inputs=pipelines[1].transformer)
+    assert relative_error(compiled(), other) < 1e-3
 
 
 @pytest.mark.parametrize("model", ["tiny", "tiny-3.5-medium"])

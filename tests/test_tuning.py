@@ -133,8 +133,8 @@ def test_as_shipped():
         (4096, m5, apples),
         (256, m5, "quantized_matmul"),
         (8192, HOPPER, "cuda_int8"),
-        (2048, HOPPER, "cuda_int8"),
-        (308, HOPPER, "dense"),  # SD3's text
+        (308, HOPPER, "cuda_int8"),  # SD3's text
+        (255, HOPPER, "dense"),
         (8, HOPPER, "quantized_matmul"),
         (8192, AMPERE, "dense"),  # not measured
     ):

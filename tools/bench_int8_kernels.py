@@ -145,7 +145,7 @@ def mlps(rows: int) -> dict[str, Call]:
     token = InputGrid(grid.scales, grid.limits, per_token=True)
     first, second = [operand_of(v) for v in w1], [operand_of(v) for v in w2]
     following = kernels.following(grid, WIDE)
-    mx.eval(x, w1, w2, b1, b2, following.factors)
+    mx.eval(x, w1, w2, b1, b2, following.table)
 
     @mx.compile
     def floats(x: mx.array, w1: mx.array, w2: mx.array) -> mx.array:
@@ -174,15 +174,20 @@ def projections(rows: int) -> dict[str, Call]:
     w = [(mx.random.normal((HIDDEN, HIDDEN)) * 0.02).astype(mx.float16) for _ in range(SETS)]
     bias, backend, grid = mx.zeros((HIDDEN,), dtype=mx.float16), CudaInt8(), static_grid()
     operands = [operand_of(v) for v in w]
+    merged = backend.merged(operands)
     mx.eval(x, w, bias)
 
-    def integers(i: int) -> list[mx.array]:
+    def integers(i: int) -> mx.array:
+        return backend.product(backend.quantize(x[i % SETS], grid), merged, mx.float16)
+
+    def apart(i: int) -> list[mx.array]:
         codes = backend.quantize(x[i % SETS], grid)
         return [backend.product(codes, operand, mx.float16) for operand in operands]
 
     return {
         FP16: lambda i: [mx.addmm(bias, x[i % SETS], v.T) for v in w],
         INT8: integers,
+        "int8, three products": apart,
         "int8, each quantized": lambda i: [backend.linear(x[i % SETS], grid, o) for o in operands],
     }
 

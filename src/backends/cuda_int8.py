@@ -1,17 +1,19 @@
 """Products of 8-bit integers on NVIDIA GPUs, from sm_80 on; what they cannot do is done elsewhere.
 
-Before the first product a self-test runs. Where it fails, on another device, for floats or for
-scales of groups, `dense` and `unpack` multiply instead: never a wrong number.
+Before the first product a self-test runs, once a machine. Where it fails, on another device, for
+floats or for scales of groups, `dense` and `unpack` multiply instead: never a wrong number.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 
 from . import cuda_int8_kernels as kernels
-from .cuda_int8_check import self_test
+from .cuda_int8_check import record, self_test
 from .cuda_int8_kernels import (
     MMA,
     NARROW,
@@ -58,7 +60,8 @@ def status() -> str:
     if variant is None:
         return f"not used: {name} is older than sm_80"
     if wrong := self_test(variant):
-        return f"not used: self-test of {variant.name} failed on {name}: {wrong}"
+        failed = f"self-test of {variant.name} failed on {name}: {wrong}"
+        return f"not used: {failed}; {record(variant).way_out}"
     return f"{variant.name} on {name}, self-test passed"
 
 
@@ -71,6 +74,19 @@ def refusal(weight: Weight, largest: int | None) -> str:
     if weight.columns * largest * 2 ** (weight.bits - 1) >= INT32_BELOW:
         return f"sums of {weight.columns} columns do not fit in 32 bits"
     return ""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Where a weight's tiles lie among those of several; no array, so that they count once."""
+
+    whole: dict[str, Any]  # the operand of all
+    begin: int
+    end: int
+
+    @property
+    def tiles(self) -> mx.array:
+        return self.whole["tiles"][self.begin : self.end]
 
 
 class CudaInt8:
@@ -87,11 +103,7 @@ class CudaInt8:
         if refusal(weight, largest) or (variant := usable()) is None:
             fallback = "dense" if keeps else "unpack"
             return {"fallback": fallback, **FALLBACKS[fallback].prepare(weight, dtype, largest)}
-        scales = weight.scales[:, 0]
-        operand = {"kernel": variant.name, "scales": scales}
-        operand["columns"] = kernels.column_table(scales)[0]
-        if variant is WGMMA and NARROW.fits(len(scales)) and not self_test(NARROW):
-            operand["narrow"] = NARROW.name
+        operand = named_kernels(variant, weight.scales[:, 0])
         if lent:
             return {**operand, "bytes": weight}
         if self.keeps_packed and weight.bits in UNPACKED_BITS:
@@ -105,6 +117,27 @@ class CudaInt8:
         if "fallback" in operand:
             return FALLBACKS[operand["fallback"]].multiply(x, factor, operand)
         return multiply_codes(self, x, factor, operand, LARGEST_CODE)
+
+    @staticmethod
+    def merged(operands: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+        """Tiles side by side: for weights that are kept in whole ones, of the same depth."""
+        if not all("tiles" in operand or "part" in operand for operand in operands):
+            return None
+        parts = [tiles_of(operand) for operand in operands]
+        widths = [len(operand["scales"]) for operand in operands]
+        if any(width != kernels.padded(width) for width in widths):
+            return None
+        if len({part.shape[1] for part in parts}) > 1:
+            return None
+        scales = mx.concatenate([operand["scales"] for operand in operands])
+        found = named_kernels(VARIANTS[operands[0]["kernel"]], scales)
+        found["tiles"] = mx.concatenate(parts)
+        mx.eval(found["tiles"], found["scales"], found["columns"])
+        end = 0
+        for operand, part in zip(operands, parts, strict=True):
+            operand.pop("tiles", None)
+            operand["part"] = Part(found, end, (end := end + len(part)))
+        return found
 
     @staticmethod
     def fuses(operand: dict[str, Any]) -> bool:
@@ -133,7 +166,7 @@ class CudaInt8:
     @staticmethod
     def following(row: mx.array, scale: mx.array, limit: mx.array) -> Following:
         """The grid of the input behind `product_gelu`; scale and limit are (1,)."""
-        return Following(row / scale, scale, limit)
+        return Following(row, scale, limit)
 
     def product(
         self,
@@ -183,6 +216,15 @@ class CudaInt8:
         return self.product(self.quantize(x, grid), operand, x.dtype, columns).reshape(shape)
 
 
+def named_kernels(variant: Variant, scales: mx.array) -> dict[str, Any]:
+    """What an operand says of these outputs, whatever its weight is kept as."""
+    found = {"kernel": variant.name, "scales": scales}
+    found["columns"] = kernels.column_table(scales)[0]
+    if variant is WGMMA and NARROW.fits(len(scales)) and not self_test(NARROW):
+        found["narrow"] = NARROW.name
+    return found
+
+
 def variant_of(operand: dict[str, Any], codes: Codes) -> Variant:
     """The kernel for that many rows."""
     variant, width = VARIANTS[operand["kernel"]], len(operand["scales"])
@@ -201,6 +243,8 @@ def weight_of(
 
 
 def tiles_of(operand: dict[str, Any]) -> mx.array:
+    if "part" in operand:
+        return operand["part"].tiles
     if "tiles" in operand:
         return operand["tiles"]
     if "bytes" in operand:

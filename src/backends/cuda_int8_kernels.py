@@ -6,9 +6,10 @@ shape is taken. Each kernel is compiled when it is first used, for the device th
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -16,6 +17,7 @@ import mlx.core as mx
 from .fusing import InputGrid, Modulation
 from .weight import Weight
 
+FOLDER = Path(__file__).resolve().parent / "cuda"
 PIECE = 128  # rows, and codes along the depth, of a piece of a tile
 CHUNK = 16  # codes that a thread of the quantizers has at once
 WIDE = 256  # columns that the Hopper kernel takes at once, to which weights are padded
@@ -68,7 +70,7 @@ class Codes:
 class Following:
     """The grid of the next product's input, as the kernel that ends with it reads it."""
 
-    factors: mx.array  # (2·padded columns,) float32
+    table: mx.array  # (2·padded columns,) float32, a row of `input_table`
     scale: mx.array  # (1,) float32
     limit: mx.array  # (1,) float32
 
@@ -83,7 +85,16 @@ def padded(size: int) -> int:
 
 
 def text(name: str) -> str:
-    return (resources.files(__package__) / "cuda" / f"{name}.cu").read_text(encoding="utf-8")
+    return (FOLDER / f"{name}.cu").read_text(encoding="utf-8")
+
+
+def included(*names: str) -> str:
+    """The files as a kernel's header has them. By name, since MLX reads a kernel's whole source at
+    every call: all of it would take longer than starting the kernel. The digest is there so that
+    another content is another source."""
+    digests = (hashlib.sha256(text(name).encode()).hexdigest()[:16] for name in names)
+    lines = zip(names, digests, strict=True)
+    return "".join(f'#include "{FOLDER / name}.cu" // {digest}\n' for name, digest in lines)
 
 
 def wgmma_source(columns: int = WIDE) -> str:
@@ -113,7 +124,7 @@ __device__ __forceinline__ void wgmma(
 
 def multiply_header(variant: Variant) -> str:
     generated = "" if variant is MMA else wgmma_source(variant.columns)
-    return text("tiles") + text("finish") + generated + text(variant.file)
+    return included("tiles", "finish") + generated + included(variant.file)
 
 
 def bounded(blocks: int) -> str:
@@ -125,14 +136,16 @@ def bounded(blocks: int) -> str:
 
 
 QUANTIZE = """
-if (x_shape[1] % ditq::CHUNK == 0 && size_t(x) % 16 == 0)
-  ditq::quantize_rows<true, TOKEN, SHIFT, SMOOTH>(
-      x, given, limits, shifts, smoothing, codes, scales, x_shape[0], x_shape[1],
-      limits_shape[0], shifts_shape[0]);
+const int rows = x_shape[0] * x_shape[1], columns = x_shape[2];
+const ditq::Lines<T> lines{x, x_strides[0], x_strides[1], x_strides[2], x_shape[1]};
+const ditq::Grids grids{
+    {given, given_strides[0]}, {limits, limits_strides[0]}, {shifts, shifts_strides[1]},
+    {smoothing, smoothing_strides[0]}, shifts_strides[0], limits_shape[0], shifts_shape[0]};
+if (ditq::in_chunks(lines, columns) && (!SHIFT || shifts_strides[1] == 1) &&
+    (!SMOOTH || smoothing_strides[0] == 1))
+  ditq::quantize_rows<true, TOKEN, SHIFT, SMOOTH>(lines, grids, codes, scales, rows, columns);
 else
-  ditq::quantize_rows<false, TOKEN, SHIFT, SMOOTH>(
-      x, given, limits, shifts, smoothing, codes, scales, x_shape[0], x_shape[1],
-      limits_shape[0], shifts_shape[0]);
+  ditq::quantize_rows<false, TOKEN, SHIFT, SMOOTH>(lines, grids, codes, scales, rows, columns);
 """
 # All in float32, in one pass: `gains` and `offsets` are the modulation's scale and shift.
 NORMALIZE = """
@@ -166,7 +179,7 @@ MULTIPLY_GELU = """
 const int rows = row_scales_shape[0], width = weight_scales_shape[0];
 const ditq::ToCodes finish{
     row_scales, reinterpret_cast<const float4*>(columns), reinterpret_cast<const float4*>(next), y,
-    scales, scale[0], limit[0], rows, (width + 127) / 128};
+    scales, scale[0], 1.0f / scale[0], limit[0], rows, (width + 127) / 128};
 ditq::multiply(
     a, b, (rows + 127) / 128, (width + TILE - 1) / TILE, b_shape[1], finish);
 """
@@ -196,7 +209,8 @@ def quantize_kernel() -> Any:
         input_names=["x", "given", "limits", "shifts", "smoothing"],
         output_names=["codes", "scales"],
         source=QUANTIZE,
-        header=text("tiles") + text("quantize") + bounded(3),
+        header=included("tiles", "quantize") + bounded(3),
+        ensure_row_contiguous=False,  # a split along the tokens is read where it lies
     )
 
 
@@ -207,7 +221,7 @@ def normalize_kernel(eps: float, held: int) -> Any:
         input_names=["x", "gains", "offsets", "given", "limits", "shifts", "smoothing"],
         output_names=["codes", "scales"],
         source=f"constexpr float EPSILON = {float(eps)!r}f;{NORMALIZE}",
-        header=text("tiles") + text("quantize") + text("normalize") + bounded(1 + (held <= 3)),
+        header=included("tiles", "quantize", "normalize") + bounded(1 + (held <= 3)),
         ensure_row_contiguous=False,  # parts of larger arrays are read where they lie
     )
 
@@ -219,7 +233,7 @@ def unpack_kernel() -> Any:
         input_names=["packed"],
         output_names=["tiles"],
         source=UNPACK,
-        header=text("tiles") + text("quantize"),
+        header=included("tiles", "quantize"),
     )
 
 
@@ -262,9 +276,9 @@ def gelu_kernel(variant: Variant) -> Any:
 
 def quantize(x: mx.array, grid: InputGrid) -> Codes:
     """Codes of (…, columns) floats, or of int8 as they are, row by row."""
-    columns = x.shape[-1]
-    x = x.reshape(-1, columns)
-    rows = len(x)
+    x = x if x.ndim == 3 else x.reshape(1, -1, x.shape[-1])
+    batch, tokens, columns = x.shape
+    rows = batch * tokens
     tiles, scales = quantize_kernel()(
         inputs=[x, *grid.arrays(columns)],
         template=[*grid.flags(), ("T", x.dtype)],
@@ -276,7 +290,7 @@ def quantize(x: mx.array, grid: InputGrid) -> Codes:
 def quantize_modulated(x: mx.array, modulation: Modulation, grid: InputGrid) -> Codes:
     """Codes of the modulated layer norm of (batch, tokens, columns) floats, in one pass."""
     batch, tokens, columns = x.shape
-    read = map(mx.contiguous, grid.arrays(columns))
+    read = (v if v.size == 1 else mx.contiguous(v) for v in grid.arrays(columns))
     held = pieces(columns, 32 * CHUNK)
     tiles, scales = normalize_kernel(modulation.eps, held)(
         inputs=[x, modulation.scale, modulation.shift, *read],
@@ -344,7 +358,7 @@ def input_table(shifts: mx.array | None, smoothing: mx.array | None, columns: in
 def following(grid: InputGrid, columns: int) -> Following:
     """Of a static grid with one entry; made once for all products at the same step."""
     table = input_table(grid.shift, grid.smoothing, columns)
-    return Following(table[0] / grid.scales, grid.scales, grid.limits)
+    return Following(table[0], grid.scales, grid.limits)
 
 
 def narrow_is_faster(rows: int, width: int) -> bool:
@@ -427,7 +441,7 @@ def multiply_gelu(
             codes.scales,
             weight_scales,
             columns,
-            following.factors,
+            following.table,
             following.scale,
             following.limit,
         ],

@@ -6,7 +6,9 @@ codes and tables look like is the backend's own business.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Protocol, runtime_checkable
 
 import mlx.core as mx
@@ -34,12 +36,11 @@ class InputGrid:
     def arrays(self, columns: int) -> list[mx.array]:
         """What a quantizing kernel reads beside its input, in this order: scales, limits, shift and
         smoothing, with anything in the place of what is absent and so not read."""
-        limits = self.limits.reshape(-1)
         return [
             self.scales.reshape(-1),
-            limits,
-            limits[None] if self.shift is None else self.shift.reshape(-1, columns),
-            limits[None] if self.smoothing is None else self.smoothing,
+            self.limits.reshape(-1),
+            nothing(2) if self.shift is None else self.shift.reshape(-1, columns),
+            nothing(1) if self.smoothing is None else self.smoothing,
         ]
 
     def flags(self) -> list[tuple[str, bool]]:
@@ -49,6 +50,14 @@ class InputGrid:
             ("SHIFT", self.shift is not None),
             ("SMOOTH", self.smoothing is not None),
         ]
+
+
+@lru_cache
+def nothing(ndim: int) -> mx.array:
+    """For a place that is not read."""
+    zero = mx.zeros([1] * ndim)
+    mx.eval(zero)
+    return zero
 
 
 @dataclass(frozen=True)
@@ -134,6 +143,15 @@ class Adding(Fusing, Protocol):
     ) -> mx.array:
         """(batch, tokens, outputs) residual + gate · product, of (1 or batch, outputs) gates, in
         the residual's dtype, which is the gates' too."""
+
+
+@runtime_checkable
+class Merging(Fusing, Protocol):
+    """Multiplies by several weights at once, where these read the same codes."""
+
+    def merged(self, operands: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+        """One operand of all their outputs, side by side, whose parts they are from then on; none
+        where they cannot lie so."""
 
 
 def multiply_codes(

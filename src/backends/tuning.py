@@ -54,9 +54,9 @@ FEW_ROWS = 32  # below it, reading the weights takes longer than multiplying
 COMMON: Crossovers = ((1, "quantized_matmul"), (FEW_ROWS, USUAL))
 SMALL: Shape = (192, 192)
 LARGE: tuple[Shape, ...] = ((1536, 1536), (6144, 1536), (1536, 6144))
-# docs/benchmarks/int8_kernels.json has 8192 rows. Below 2048 there are fewer tiles than an H200 has
-# multiprocessors, and smaller shapes were not measured.
-HOPPERS: Table = {SMALL: COMMON} | dict.fromkeys(LARGE, (*COMMON, (2048, "cuda_int8")))
+# docs/benchmarks/tuning.json: by themselves layers gain from 512 rows on, and at 128 some do. A
+# whole step of SD3 gains with its 308 tokens of text too: what surrounds them is spared.
+HOPPERS: Table = {SMALL: COMMON} | dict.fromkeys(LARGE, (*COMMON, (256, "cuda_int8")))
 
 # From 512 rows on, whole tiles of integers are multiplied faster than floats.
 M5S: Crossovers = ((1, "quantized_matmul"), (512, "metal_int8"))

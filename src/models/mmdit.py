@@ -51,6 +51,23 @@ def attend(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
 
 
 Attend = Callable[[mx.array, mx.array, mx.array], mx.array]
+# q, k and v, (batch, heads, tokens, head_dim) each; or (batch, tokens, 3, heads, head_dim).
+Heads = tuple[mx.array, mx.array, mx.array] | mx.array
+
+
+def apart(heads: Heads) -> tuple[mx.array, mx.array, mx.array]:
+    """q, k and v, in either form."""
+    if not isinstance(heads, mx.array):
+        return heads
+    return tuple(heads[:, :, i].transpose(0, 2, 1, 3) for i in range(3))
+
+
+def beside(one: Heads, other: Heads) -> tuple[mx.array, mx.array, mx.array]:
+    """q, k and v of the one's tokens and, behind them, of the other's."""
+    if isinstance(one, mx.array) and isinstance(other, mx.array):
+        return apart(mx.concatenate([one, other], axis=1))
+    pairs = zip(apart(one), apart(other), strict=True)
+    return tuple(mx.concatenate(pair, axis=2) for pair in pairs)
 
 
 class PatchEmbedding(nn.Module):
@@ -190,23 +207,26 @@ class StreamBlock(nn.Module):
 
     def project(
         self, x: mx.array, parts: list[mx.array], attention: Attention, norm: QKNorm | None
-    ) -> tuple[mx.array, mx.array, mx.array]:
-        """q, k and v under a shift and a scale, (batch, heads, tokens, head_dim) each."""
-        q, k, v = (
-            mx.unflatten(projected, -1, (self._heads, -1)).transpose(0, 2, 1, 3)
-            for projected in attention.project_modulated(x, *parts)
-        )
-        return (q, k, v) if norm is None else (norm.q_norm(q), norm.k_norm(k), v)
+    ) -> Heads:
+        """q, k and v under a shift and a scale; in one array where they are one product."""
+        found = attention.project_modulated(x, *parts)
+        if isinstance(found, mx.array):
+            heads: Heads = mx.unflatten(found, -1, (3, self._heads, -1))
+        else:
+            each = (mx.unflatten(part, -1, (self._heads, -1)) for part in found)
+            heads = tuple(part.transpose(0, 2, 1, 3) for part in each)
+        if norm is None:
+            return heads
+        q, k, v = apart(heads)
+        return norm.q_norm(q), norm.k_norm(k), v
 
-    def before(
-        self, x: mx.array, parts: list[mx.array]
-    ) -> tuple[tuple[mx.array, mx.array, mx.array], mx.array | None]:
+    def before(self, x: mx.array, parts: list[mx.array]) -> tuple[Heads, mx.array | None]:
         """q, k, v for the joint attention, and what the second attention found, if there is one."""
         qkv = self.project(x, parts[:2], self.attn, self.get("qk_norm"))
         if "attn2" not in self:
             return qkv, None
         inner = self.project(x, parts[6:8], self.attn2, self.get("qk_norm2"))
-        return qkv, self._attend(*inner)
+        return qkv, self._attend(*apart(inner))
 
     def after(
         self, x: mx.array, attended: mx.array, inner: mx.array | None, parts: list[mx.array]
@@ -252,8 +272,7 @@ class JointBlock(nn.Module):
         text_parts = text_block.adaLN_modulation.split(text_vector)
         image_qkv, image_inner = image_block.before(image, image_parts)
         text_qkv, _ = text_block.before(text, text_parts)
-        joined = (mx.concatenate(pair, axis=2) for pair in zip(image_qkv, text_qkv, strict=True))
-        attended = self._attend(*joined)
+        attended = self._attend(*beside(image_qkv, text_qkv))
         image_attended, text_attended = mx.split(attended, [image.shape[1]], axis=1)
         image = image_block.after(image, image_attended, image_inner, image_parts)
         if self._last:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -20,11 +21,13 @@ from ..backends.fusing import (
     Chaining,
     Fusing,
     InputGrid,
+    Merging,
     Modulation,
     Normalizing,
     is_per_entry,
 )
 from ..errors import UserError
+from .schedule import Step
 
 
 class Fused:
@@ -54,13 +57,14 @@ class Fused:
         return self._quantizes
 
     def tables(self) -> dict[str, mx.array]:
-        """What the backend reads of the biases, and of the input where it lies behind a layer."""
+        """What the backend reads of the biases, and of the input where it lies behind a layer: a
+        row a step, or the one row that there is."""
         found: dict[str, mx.array] = {}
         if "bias" in self:
-            found["bias"] = self._backend.bias_table(self._operand, self.bias)
+            found["bias"] = flat(self._backend.bias_table(self._operand, self.bias))
         if isinstance(self._backend, Chaining) and not self._per_token:
             given = self.get("shift"), self.get("smoothing")
-            found["input"] = self._backend.input_table(*given, self.packed.columns)
+            found["input"] = flat(self._backend.input_table(*given, self.packed.columns))
         mx.eval(found)
         return found
 
@@ -81,10 +85,11 @@ class Fused:
 
     def input_grid(self, ndim: int) -> InputGrid:
         """Of here, for an input of that many dimensions."""
-        scale, limit = self._step.grid(self._number, ndim)
-        shift = self._step.vector(self.shift, ndim) if "shift" in self else None
-        smoothing, per_token = self.get("smoothing"), self._per_token
-        return InputGrid(scale.reshape(-1), limit.reshape(-1), shift, smoothing, per_token)
+        grid = self._step.grid(self._number, 1)
+        shift = self.get("shift")
+        if shift is not None and len(shift) > 1:
+            shift = self._step.vector(shift, ndim)
+        return InputGrid(*grid, shift, self.get("smoothing"), self._per_token)
 
     def normalizes(self, x: mx.array, modulation: Modulation) -> bool:
         """Whether the backend makes codes of (batch, tokens, columns) that are not yet modulated;
@@ -127,6 +132,12 @@ class Fused:
             return self._backend.product_added(codes, self._operand, x, gate, self.bias_row())
         return x + self.of_codes(x, codes) * gate[:, None]
 
+    def biases(self) -> mx.array:
+        """The bias table, of zeros where there is no bias."""
+        if "bias" in self:
+            return mx.atleast_2d(self._tables["bias"])
+        return self._backend.bias_table(self._operand, mx.zeros((1, len(self.weight))))
+
     def mixes_biases(self) -> bool:
         """Whether the batch's rows may be at different steps, with biases of their own."""
         return "bias" in self and len(self.bias) > 1 and self._step.place.size > 1
@@ -135,7 +146,7 @@ class Fused:
         """Of the bias table, for a product; none where there is no bias or rows have their own."""
         if "bias" not in self or self.mixes_biases():
             return None
-        return self._step.vector(self._tables["bias"], 2).reshape(-1)
+        return row_of(self._tables["bias"], self._step)
 
     def leads_to(self, other: nn.Module) -> bool:
         """Whether the product can end with GELU and the other layer's codes: `codes_behind`."""
@@ -152,9 +163,66 @@ class Fused:
 
     def codes_behind(self, codes: Any, other: Fused) -> Any:
         """The other layer's codes of GELU (its tanh form) of this layer's output for its codes."""
-        row = other._step.vector(other._tables["input"], 2).reshape(-1)
+        row = row_of(other._tables["input"], other._step)
         following = self._backend.following(row, *other._step.grid(other._number, 1))
         return self._backend.product_gelu(codes, self._operand, following, self.bias_row())
+
+
+@dataclass(frozen=True)
+class Merged:
+    """Layers that read the same codes, as one product of all their outputs, side by side."""
+
+    layers: Sequence[Fused]
+    operands: Sequence[dict[str, Any]]  # theirs, as they were
+    # To be held by a module too: a compiled function has to know of all arrays that layers hold.
+    operand: dict[str, Any]
+    tables: dict[str, mx.array]  # as a layer's own
+
+    @classmethod
+    def of(cls, layers: Sequence[nn.Module]) -> Merged | None:
+        """None where their backend cannot, or one of them does more than a product."""
+        if not read_alike(layers) or not all(layer.fuses for layer in layers):
+            return None
+        first, plain = layers[0], all("low_rank_up" not in layer for layer in layers)
+        if not plain or not isinstance(first._backend, Merging):
+            return None
+        operands = [layer._operand for layer in layers]
+        operand = first._backend.merged(operands)
+        if operand is None:
+            return None
+        tables = [layer.biases() for layer in layers]
+        steps = max(map(len, tables))
+        spread = [mx.broadcast_to(table, (steps, table.shape[1])) for table in tables]
+        biases = flat(mx.contiguous(mx.concatenate(spread, axis=1)))
+        mx.eval(biases)
+        return cls(layers, operands, operand, {"bias": biases})
+
+    def holds(self, layers: Sequence[nn.Module]) -> bool:
+        """Whether these are the layers, and prepared as they were."""
+        pairs = zip(layers, self.layers, self.operands, strict=True)
+        return all(layer is own and own._operand is operand for layer, own, operand in pairs)
+
+    @property
+    def has_one_bias(self) -> bool:
+        """Whether all of the batch has the same, at present."""
+        return self.tables["bias"].ndim == 1 or self.layers[0]._step.place.size == 1
+
+    def of_codes(self, x: mx.array, codes: Any) -> mx.array:
+        """(…, all outputs) for x, whose codes are known."""
+        first = self.layers[0]
+        row = row_of(self.tables["bias"], first._step)
+        y = first._backend.product(codes, self.operand, x.dtype, row)
+        return y.reshape(*x.shape[:-1], -1)
+
+
+def flat(table: mx.array) -> mx.array:
+    """A table of one step as its row: every operation on it would be one more at every call."""
+    return table[0] if len(table) == 1 else table
+
+
+def row_of(table: mx.array, step: Step) -> mx.array:
+    """Of here, also between two steps."""
+    return table if table.ndim == 1 else step.vector(table, 2).reshape(-1)
 
 
 def read_alike(layers: Sequence[nn.Module]) -> bool:

@@ -6,14 +6,17 @@ a child is, is looked up at every call: other layers may take its place at any t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from ..backends.fusing import Modulation
-from .fused import Fused, modulate_alike, read_alike
+from .fused import Fused, Merged, modulate_alike, read_alike
+
+Projected = mx.array | tuple[mx.array, mx.array, mx.array]
 
 
 @dataclass(frozen=True)
@@ -26,31 +29,47 @@ class Norm:
 
 class JoinedProjections(nn.Module):
     """An attention's linears; where q, k and v read their input alike it is quantized once, if the
-    backend can together with the layer norm. o_proj ends with the residual where it can."""
+    backend can together with the layer norm, and if it can they are one product. o_proj ends with
+    the residual where it can."""
 
     def __init__(self, attention: nn.Module, norm: Norm) -> None:
         super().__init__()
         for name, child in attention.children().items():
             self[name] = child
         self._norm = norm
+        self.merge()
 
-    def project(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-        """q, k and v, heads side by side."""
+    def merge(self) -> None:
+        """Makes q, k and v one product, where that is possible."""
+        self._merged = Merged.of((self.q_proj, self.k_proj, self.v_proj))
+        if self._merged is not None:
+            self._held = [self._merged.operand, self._merged.tables]
+
+    def part(self) -> None:
+        """Makes them three products again, and lets go of what one of all has kept."""
+        self._merged = None
+        self.pop("_held", None)
+
+    def project(self, x: mx.array) -> Projected:
+        """q, k and v, heads side by side; as one array where they are one product."""
         layers = self.q_proj, self.k_proj, self.v_proj
         if not x.size or not read_alike(layers):
             return tuple(layer(x) for layer in layers)
-        codes = self.q_proj.codes(x)
-        return tuple(layer.of_codes(x, codes) for layer in layers)
+        return self.of_codes(layers, x, self.q_proj.codes(x))
 
-    def project_modulated(
-        self, x: mx.array, shift: mx.array, scale: mx.array
-    ) -> tuple[mx.array, mx.array, mx.array]:
+    def project_modulated(self, x: mx.array, shift: mx.array, scale: mx.array) -> Projected:
         """The same of tokens before their modulation."""
         layers = self.q_proj, self.k_proj, self.v_proj
         modulation = Modulation(scale, shift, self._norm.eps)
         if not modulate_alike(layers, x, modulation):
             return self.project(self._norm.modulate(x, shift, scale))
-        codes = self.q_proj.codes_of_modulated(x, modulation)
+        return self.of_codes(layers, x, self.q_proj.codes_of_modulated(x, modulation))
+
+    def of_codes(self, layers: Sequence[nn.Module], x: mx.array, codes: Any) -> Projected:
+        """The outputs for x, whose codes are known."""
+        merged = self._merged
+        if merged is not None and merged.holds(layers) and merged.has_one_bias:
+            return merged.of_codes(x, codes)
         return tuple(layer.of_codes(x, codes) for layer in layers)
 
     def add_output(self, x: mx.array, attended: mx.array, gate: mx.array) -> mx.array:

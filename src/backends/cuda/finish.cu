@@ -295,20 +295,20 @@ __device__ __forceinline__ float gelu(float x) {
 }
 
 // GELU, and its codes in the tiles that the next product reads. `next` holds two columns a float4,
-// both factors and both terms: code = clip(round(gelu(y) * factor + term), -limit, limit). Codes
-// cannot be NaN, so a row's NaN goes on in its scale.
+// both factors and both terms: code = clip(round((gelu(y) * factor + term) / scale), -limit, limit).
+// Codes cannot be NaN, so a row's NaN goes on in its scale.
 struct ToCodes {
   const float* row_scales;
   const float4* columns;
   const float4* next;
   signed char* codes;
   float* scales;
-  float scale, limit;
+  float scale, inverse, limit;
   int rows, depth_pieces;
 
   __device__ __forceinline__ unsigned code(float sum, float scale, float bias, float factor,
                                            float term) const {
-    const float v = fmaf(gelu(fmaf(sum, scale, bias)), factor, term);
+    const float v = fmaf(gelu(fmaf(sum, scale, bias)), factor, term) * inverse;
     return unsigned(__float2int_rn(fmaxf(fminf(v, limit), -limit))) & 0xff;
   }
 

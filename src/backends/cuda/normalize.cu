@@ -27,12 +27,8 @@ struct Line {
   __device__ __forceinline__ void give(float (&v)[CHUNK], int h) const {
     if constexpr (WHOLE) {
       spread(v, EARLY ? words[h] : whole_chunk(first, place(h), columns));
-    } else if (apart == 1) {
-      load_chunk(v, first, place(h), columns);
     } else {
-#pragma unroll
-      for (int i = 0; i < CHUNK; i++)
-        v[i] = place(h) + i < columns ? float(first[(place(h) + i) * apart]) : 0.0f;
+      load_chunk(v, Strided<T>{first, apart}, place(h), columns);
     }
   }
 

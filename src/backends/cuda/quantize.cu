@@ -17,6 +17,20 @@ struct Grid {
   float scale, inverse, limit;
 };
 
+// The numbers of a row or of a vector, `apart` from one to the next.
+template <class T>
+struct Strided {
+  const T* first;
+  long long apart;
+};
+
+// An input's grids: `entries` scales and limits, as many shifts or one, and a smoothing.
+struct Grids {
+  Strided<float> scales, limits, shifts, smoothing;
+  long long shift; // numbers from one shift to the next
+  int entries, shift_entries;
+};
+
 template <class T>
 __device__ __forceinline__ void load_chunk(
     float (&v)[CHUNK], const T* row, int first, int columns, float beyond = 0.0f) {
@@ -28,6 +42,28 @@ __device__ __forceinline__ void load_chunk(
 #pragma unroll
     for (int i = 0; i < CHUNK; i++) v[i] = first + i < columns ? float(row[first + i]) : beyond;
   }
+}
+
+template <class T>
+__device__ __forceinline__ void load_chunk(
+    float (&v)[CHUNK], const Strided<T>& row, int first, int columns, float beyond = 0.0f) {
+  if (row.apart == 1) {
+    load_chunk(v, row.first, first, columns, beyond);
+  } else {
+    const T* place = row.first + first * row.apart;
+    long long apart = row.apart;
+    asm volatile("" : "+l"(apart)); // or its multiples would be kept in registers
+#pragma unroll
+    for (int i = 0; i < CHUNK; i++) v[i] = first + i < columns ? float(place[i * apart]) : beyond;
+  }
+}
+
+// Whether all chunks of these rows can be read in words.
+template <class T>
+__device__ __forceinline__ bool in_chunks(const Lines<T>& x, int columns) {
+  constexpr int NUMBERS = 16 / sizeof(T); // of a word
+  return columns % CHUNK == 0 && x.column == 1 && x.entry % NUMBERS == 0 &&
+      x.row % NUMBERS == 0 && size_t(x.first) % 16 == 0;
 }
 
 // A chunk as it lies in memory. Words, since zeros are put into numbers of 16 bits one by one.
@@ -58,8 +94,8 @@ __device__ __forceinline__ void spread(float (&v)[CHUNK], const Words<T>& words)
 // x less the shift, and the smoothing, of one chunk.
 template <bool SHIFT, bool SMOOTH>
 __device__ __forceinline__ void change_input(
-    float (&v)[CHUNK], float (&smooth)[CHUNK], const float* shift, const float* smoothing,
-    int first, int columns) {
+    float (&v)[CHUNK], float (&smooth)[CHUNK], const Strided<float>& shift,
+    const Strided<float>& smoothing, int first, int columns) {
   if constexpr (SHIFT) {
     float z[CHUNK];
     load_chunk(z, shift, first, columns);
@@ -135,30 +171,28 @@ struct Group {
   Words<T> words[WHOLE ? GROUP : 1];
 
   // From chunk c on, 32 chunks apart. All are on their way before any is waited for.
-  __device__ __forceinline__ void load(const T* line, int c, int columns) {
+  __device__ __forceinline__ void load(const Strided<T>& line, int c, int columns) {
     if constexpr (WHOLE) {
 #pragma unroll
       for (int g = 0; g < GROUP; g++)
-        words[g] = whole_chunk(line, (c + 32 * g) * CHUNK, columns);
+        words[g] = whole_chunk(line.first, (c + 32 * g) * CHUNK, columns);
     }
   }
 
   __device__ __forceinline__ void give(
-      float (&v)[CHUNK], int g, const T* line, int c, int columns) const {
+      float (&v)[CHUNK], int g, const Strided<T>& line, int c, int columns) const {
     if constexpr (WHOLE) spread(v, words[g]);
     else load_chunk(v, line, c * CHUNK, columns);
   }
 };
 
-// Entry e of `given` scales, `limits` and `shifts` (1 or entries, columns) holds for rows / entries
-// rows. TOKEN: the scale is the row's own largest value over the limit instead. A row with a NaN in
-// it (TOKEN: or infinity) gets the scale NaN; rows beyond the last get zeros.
-// WHOLE: rows are aligned, and columns a multiple of CHUNK.
+// Entry e of the grids holds for rows / entries rows. TOKEN: the scale is the row's own largest
+// value over the limit instead. A row with a NaN in it (TOKEN: or infinity) gets the scale NaN;
+// rows beyond the last get zeros. WHOLE: x is `in_chunks`, and the grids' vectors lie side by side.
 template <bool WHOLE, bool TOKEN, bool SHIFT, bool SMOOTH, class T>
 __device__ __forceinline__ void quantize_rows(
-    const T* x, const float* given, const float* limits, const float* shifts,
-    const float* smoothing, signed char* codes, float* scales, int rows, int columns, int entries,
-    int shift_entries) {
+    const Lines<T>& x, const Grids& grids, signed char* codes, float* scales, int rows,
+    int columns) {
   // As many as leave registers for three blocks a multiprocessor.
   constexpr int GROUP = !WHOLE || (SHIFT && SMOOTH) ? 1 : SHIFT || SMOOTH || sizeof(T) == 4 ? 2 : 4;
   const float infinity = __int_as_float(0x7f800000);
@@ -169,11 +203,17 @@ __device__ __forceinline__ void quantize_rows(
     write_zeros(codes, scales, row, depth_pieces);
     return;
   }
-  const T* line = x + size_t(row) * columns;
-  const int entry = entry_of(row, entries, rows);
-  const float* shift = shifts + (shift_entries > 1 ? size_t(entry) * columns : 0);
+  // Divisions are slow, and most often there is but one entry.
+  const Strided<T> line = {
+      x.rows == rows ? x.first + row * x.row : x.at(row), WHOLE ? 1 : x.column};
+  const int entry = entry_of(row, grids.entries, rows);
+  const Strided<float> shift = {
+      grids.shifts.first + (grids.shift_entries > 1 ? entry * grids.shift : 0),
+      WHOLE ? 1 : grids.shifts.apart};
+  const Strided<float> smoothing = {grids.smoothing.first, WHOLE ? 1 : grids.smoothing.apart};
   Grid grid;
-  grid.scale = given[entry], grid.limit = limits[entry];
+  grid.scale = grids.scales.first[entry * grids.scales.apart];
+  grid.limit = grids.limits.first[entry * grids.limits.apart];
   float v[CHUNK], smooth[CHUNK];
   Group<WHOLE, GROUP, T> group;
   bool broken = false;
