@@ -60,6 +60,8 @@ def section(data: dict[str, Any]) -> list[str]:
         found = f"{planted['smoothed']} of {planted['inputs']}"
         lines += ["", f"Inputs with planted outlier channels that were smoothed: {found}."]
     lines += ["", verdict(data)]
+    if note := data.get("note"):
+        lines += ["", f"Meanwhile on the same machine: {note}."]
     return [
         *lines,
         "",
