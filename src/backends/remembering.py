@@ -1,8 +1,8 @@
 """What a self-test of kernels has found on this machine, kept in a file: it runs once a machine.
 
 A file that is damaged or about anything else counts for nothing. Who is testing holds a lock, for
-which others wait, and which ends with its process. Whoever then finds a test without an end knows that it
-took its process with it, or was killed with it, and begins it once more; no third time.
+which others wait, and which ends with its process. Whoever then finds a test without an end knows
+that it took its process with it, or was killed with it: it is begun once more, and no third time.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ from .residual_scales import RANGE, Dynamic, Quantizer
 from .schedule import SAME_SIGMA
 
 Velocity = Callable[[mx.array, mx.array], mx.array]
+LARGEST_HALF = 2048  # up to which float16 holds every whole number
 RESET = "call reset_cache() before each picture or batch, as Pipeline.velocity does"
 
 
@@ -215,6 +216,7 @@ class Modulated(nn.Module):
         about_middle = told.middle is not None
         if quantizer.largest is None or (about_middle and self._sums is None):
             return told.values, self._parts.product(told.values, None)
+        told = told.held_in(codes_dtype(quantizer.largest))
         moved = self._parts.product(told.codes, told.factor)
         return told.values, added(moved, told.middle * self._sums if about_middle else None)
 
@@ -241,6 +243,12 @@ def affine(layer: nn.Module) -> Affine:
     if isinstance(layer, QuantizedLinear):
         return QuantizedAffine(layer)
     return ByteAffine(layer) if isinstance(layer, INT8Linear) else FloatAffine(layer)
+
+
+def codes_dtype(largest: int) -> mx.Dtype:
+    """What holds whole numbers up to the largest in the fewest bytes that products are fast in."""
+    on_cpu = mx.default_device() == mx.Device(mx.cpu)
+    return mx.float32 if on_cpu or largest > LARGEST_HALF else mx.float16
 
 
 def needs_sums(quantizer: Quantizer | None) -> bool:

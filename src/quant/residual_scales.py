@@ -35,12 +35,17 @@ BINS = 4096  # of absolute values, on which a scale is searched
 class Told(NamedTuple):
     """What x becomes: codes·factor, about the `middle` where there is one."""
 
-    codes: mx.array  # whole, float32
+    codes: mx.array  # whole
     factor: mx.array  # that broadcasts over them
     middle: mx.array | None = None  # (…, 1), the same for all channels of a token
 
+    def held_in(self, dtype: mx.Dtype) -> Told:
+        """The same, for all that reads the codes."""
+        return self._replace(codes=self.codes.astype(dtype))
+
     @property
     def values(self) -> mx.array:
+        """float32"""
         values = self.codes * self.factor
         return values if self.middle is None else values + self.middle
 
