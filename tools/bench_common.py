@@ -14,7 +14,14 @@ from typing import Any
 
 from src.backends import device_name
 
-FOLDER = Path(__file__).resolve().parent.parent / "docs" / "benchmarks"
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = ROOT / "docs" / "benchmarks"
+
+
+def environment() -> dict[str, str]:
+    """This process's, with the package to be found from any folder."""
+    places = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(places)}
 
 
 def machine() -> dict[str, Any]:

@@ -105,16 +105,20 @@ class Bench:
     model: Model
     rounds: int
     end: float  # by the clock that never goes back
-    made: dict[str, tuple[tuple[str, ...], Pipeline]] = field(default_factory=dict)
+    made: dict[str, tuple[tuple[str, ...], Pipeline, int]] = field(default_factory=dict)
     paces: dict[str, float] = field(default_factory=dict)  # seconds a multiply-add
 
-    def pipeline(self, row: Row) -> Pipeline:
-        """Made again only where the size wants other kernels."""
+    def pipeline(self, row: Row) -> tuple[Pipeline, int]:
+        """And the bytes that it holds, without what low memory lets go; made again only where the
+        size wants other kernels."""
         key = () if row.bits is None else self.model.chosen(row.bits)
         if row.name not in self.made or self.made[row.name][0] != key:
             self.made.pop(row.name, None)
-            self.made[row.name] = key, row.make(self.model)
-        return self.made[row.name][1]
+            made = row.make(self.model)
+            # Weights that other rows need stay, and are not counted.
+            released = released_tensors(made.transformer) if row.low_memory else ()
+            self.made[row.name] = key, made, held_bytes(made.transformer, released)
+        return self.made[row.name][1:]
 
     def expected(self, row: Row, work: Work) -> float:
         """Seconds of a step; 0 where nothing is known yet."""
@@ -163,16 +167,14 @@ def prepare(
     calls: dict[str, Callable[[], mx.array]],
 ) -> None:
     """Runs a step once; what it took goes to the entries, itself to the calls."""
-    pipeline, exact = bench.pipeline(row), bench.model.exact.transformer
-    transformer, left_out, ahead = pipeline.transformer, {}, 0
-    tensors = released_tensors(exact)
+    pipeline, held = bench.pipeline(row)
+    transformer = pipeline.transformer
+    tensors = released_tensors(bench.model.exact.transformer)
     if row.low_memory:
-        left_out, ahead = tensors, vector_bytes(transformer, inputs, pipeline.dtype)
-    # The other rows need the weights that this one lets go: they stay, and are not counted.
+        held += vector_bytes(transformer, inputs, pipeline.dtype)
     with low_memory(pipeline, lambda: tensors) if row.low_memory else nullcontext():
         call = step_of(pipeline, inputs)
     peak = peak_of(call)
-    held = held_bytes(transformer, left_out) + ahead
     entries[row.name] = {"held": held, "peak": peak, "kernels": kernels_of(transformer)}
     calls[row.name] = call
 
@@ -368,19 +370,17 @@ def main(
         for size in measured(shape, sizes, rounds, end, data["models"][shape]):
             click.echo(f"{time.monotonic() - begun:.0f} s: {progress_of(shape, size)}", err=True)
             if not dry_run:
-                write(name, data)
+                write(name, data, None)
         gc.collect()
         mx.clear_cache()
     if not dry_run:
         plot_sizes(data, FOLDER / f"{name}.png")
-        write(name, data)
+        write(name, data, f"{name}.png")
     click.echo("\n".join(lines_of(data, None)))
     click.echo(f"\n{time.monotonic() - begun:.0f} s")
 
 
-def write(name: str, data: dict[str, Any]) -> None:
-    """With the plot where there is one by now."""
-    picture = f"{name}.png" if (FOLDER / f"{name}.png").exists() else None
+def write(name: str, data: dict[str, Any], picture: str | None) -> None:
     write_report(name, "Whole steps on codes, by size", data, lines_of(data, picture))
 
 

@@ -126,7 +126,7 @@ def measured(model: Model, pixels: int, rounds: int, end: float) -> dict[str, An
             found["left_out"][row.name] = "no time was left"
             continue
         pipeline = row.make()
-        call = step_of(pipeline, inputs)
+        held, call = held_bytes(pipeline.transformer), step_of(pipeline, inputs)
         if reason := refusal_of(lambda call=call: mx.eval(call())):
             found["left_out"][row.name] = reason
             continue
@@ -134,7 +134,7 @@ def measured(model: Model, pixels: int, rounds: int, end: float) -> dict[str, An
         peak, calls[row.name] = peak_of(call), call
         turn += time.monotonic() - begun
         found["rows"][row.name] = {
-            "held": held_bytes(pipeline.transformer),
+            "held": held,
             "peak": peak,
             "kernels": kernels_of(pipeline.transformer),
         }

@@ -15,15 +15,13 @@ from __future__ import annotations
 
 import os
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,17 +37,14 @@ from src.store import MANIFEST_NAME, read_manifest
 
 import click
 import mlx.core as mx
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from tools import bench_common
-from tools.bench_common import machine, write_report
+from tools.bench_common import environment, machine, write_report
 
-ROOT = Path(__file__).resolve().parent.parent
 LAUNCHER = "mlx.launch"
 NAME, TITLE = "ranks", "The same pictures on one GPU and on several"
 GOAL_RANKS, GOAL = 4, 3.7
-GPU_POLL_SECONDS, OWN_MIB = 2.0, 256  # a process that only looks at a GPU holds less
 LOG_LINES = 25  # of a command that failed
 CURVES = {  # of a row: label and colour
     "times_running": ("pictures/s while running", "quantized"),
@@ -114,14 +109,12 @@ def run_words(words: Sequence[str], log: Path, limit: float | None) -> float:
     """Seconds of the command; after `limit` it is killed with all that it has started."""
     runnable = {LAUNCHER: launcher(), "python": [sys.executable]}
     whole = [part for word in words for part in runnable.get(word, [word])]
-    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     start = time.perf_counter()
     # At an end of file on its input the launcher would never sleep, so it gets a silent pipe.
     with (
         open(log, "wb") as file,
         subprocess.Popen(
-            whole, stdin=subprocess.PIPE, stdout=file, stderr=subprocess.STDOUT, env=environment,
+            whole, stdin=subprocess.PIPE, stdout=file, stderr=subprocess.STDOUT, env=environment(),
             start_new_session=True,
         ) as process,
     ):  # fmt: skip
@@ -131,35 +124,6 @@ def run_words(words: Sequence[str], log: Path, limit: float | None) -> float:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
     return time.perf_counter() - start
-
-
-def gpu_memory() -> list[int]:
-    """MiB in use on each NVIDIA GPU; empty where the driver's tool is not there."""
-    if shutil.which("nvidia-smi") is None:
-        return []
-    query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
-    printed = subprocess.run(query, capture_output=True, text=True).stdout
-    return [int(line) for line in printed.split() if line.isdigit()]
-
-
-@contextmanager
-def watched_gpus() -> Iterator[set[int]]:
-    """The set that it gives holds, as long as it is open, the GPUs that have come into use."""
-    before, used, over = gpu_memory(), set(), threading.Event()
-
-    def look() -> None:
-        while before and not over.wait(GPU_POLL_SECONDS):
-            for index, (was, now) in enumerate(zip(before, gpu_memory(), strict=False)):
-                if now - was >= OWN_MIB:
-                    used.add(index)
-
-    thread = threading.Thread(target=look)
-    thread.start()
-    try:
-        yield used
-    finally:
-        over.set()
-        thread.join()
 
 
 def batch_ends(
@@ -232,18 +196,15 @@ class Bench:
             return
         folder, began = self.folder / name, time.time()
         try:
-            with watched_gpus() as used:
-                row["seconds"] = self.finished(self.words(str(folder), ranks), folder)
+            row["seconds"] = self.finished(self.words(str(folder), ranks), folder)
         except subprocess.TimeoutExpired:
             row["left_out"] = "out of --seconds"
             return
         manifest = read_manifest(folder, FORMAT, VERSION, verify=True)
         ends = batch_ends(folder, manifest["units"], ranks)
         row["first_batch_seconds"] = [min(own) - began for own in ends]
-        row["rank_seconds"] = [max(own) - min(own) for own in ends]
         row["running_seconds"] = running_seconds(ends)
         row["pictures_per_second"] = running_rate(ends, self.job.batch_size)
-        row["gpus_in_use"] = len(used) if gpu_memory() else None
         self.compare(row, manifest)
 
     def compare(self, row: dict[str, Any], manifest: Mapping[str, Any]) -> None:
@@ -273,12 +234,13 @@ class Bench:
         data = {
             "machine": machine(),
             "gpus": self.gpus,
+            "cuda": self.cuda,
             "job": {**vars(self.job), **self.about},
             "goal": goal(self.rows, self.gpus),
             "rows": self.rows,
         }
         lines = [*about_lines(data), "", *table(self.rows), "", data["goal"]]
-        lines += ["", *commands(self.rows), "", f"![Times one rank]({NAME}.png)"]
+        lines += ["", f"![Times one rank]({NAME}.png)"]
         plot(data, bench_common.FOLDER / f"{NAME}.png")
         write_report(NAME, TITLE, data, lines)
         return lines
@@ -304,7 +266,7 @@ def about_lines(data: Mapping[str, Any]) -> list[str]:
     return [
         f"{job['num_samples']} pictures of {job['model']}, {job['timesteps']} steps with guidance, "
         f"batches of {job['batch_size']}, {weights}{inputs}, `--keep {job['keep']}`; "
-        + ("one GPU a rank." if data["gpus"] else "no GPU: all ranks share the cores."),
+        + ("one GPU a rank." if data["cuda"] else "all ranks share what there is."),
         "",
         "Whole: the command from its start to its end, with Python's start, compiling and the last",
         "gathering of statistics. Running: each rank's clock starts when its own first batch ends;",
@@ -317,12 +279,12 @@ def about_lines(data: Mapping[str, Any]) -> list[str]:
 def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     lines = [
         "| ranks | whole, s | times one rank | first batches after, s | running, pictures/s "
-        "| times one rank | GPUs in use | the same bytes |",
-        "|---:" * 7 + "|---|",
+        "| times one rank | the same bytes |",
+        "|---:" * 6 + "|---|",
     ]
     for row in rows:
         if "seconds" not in row:
-            lines.append(f"| {row['ranks']} | not measured: {row['left_out']} | | | | | | |")
+            lines.append(f"| {row['ranks']} | not measured: {row['left_out']} | | | | | |")
             continue
         first, differ = row["first_batch_seconds"], row["files_that_differ"]
         span = " to ".join(dict.fromkeys(f"{end:.1f}" for end in (min(first), max(first))))
@@ -330,14 +292,9 @@ def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         lines.append(
             f"| {row['ranks']} | {row['seconds']:.1f} | {row['times_whole']:.2f} | {span} "
             f"| {row['pictures_per_second']:.4g} | {row['times_running']:.2f} "
-            f"| {'' if row['gpus_in_use'] is None else row['gpus_in_use']} | {same} |"
+            f"| {same} |"
         )
     return lines
-
-
-def commands(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """As typed, `--work` left out; also of what was left out."""
-    return ["```sh", *(row["command"] for row in rows), "```"]
 
 
 def plot(data: Mapping[str, Any], path: Path) -> None:
@@ -353,10 +310,6 @@ def plot(data: Mapping[str, Any], path: Path) -> None:
         for kind, (label, colour) in CURVES.items():
             times = [row[kind] for row in rows]
             axes.plot(counts, times, "o-", color=COLOURS[colour], label=label)
-        for row in rows[1:]:
-            lower, upper = sorted(CURVES, key=lambda kind: row[kind])
-            number(axes, row, lower, (0, -14))
-            number(axes, row, upper, (0, 8))
         axes.set_xticks(counts)
         axes.set_xlim(0.7, most + 0.3)
         axes.set_ylim(0, 1.15 * most)
@@ -366,16 +319,6 @@ def plot(data: Mapping[str, Any], path: Path) -> None:
         axes.legend(loc="upper left", fontsize=8, frameon=False)
         axes.set_title(f"{data['job']['model']} on {data['machine']['device']}", fontsize=10)
         save(figure, path)
-
-
-def number(axes: Axes, row: Mapping[str, Any], kind: str, points: tuple[int, int]) -> None:
-    """A point's value, that many points beside it."""
-    text, colour = f"{row[kind]:.2f}", COLOURS[CURVES[kind][1]]
-    ground = {"facecolor": "white", "edgecolor": "none", "pad": 1}
-    axes.annotate(
-        text, (row["ranks"], row[kind]), points, textcoords="offset points", ha="center",
-        color=colour, fontsize=8, bbox=ground,
-    )  # fmt: skip
 
 
 @command()

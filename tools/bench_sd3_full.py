@@ -12,7 +12,6 @@ goes there too. Needs the extra [sd3] and no network; meant for a GPU.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -32,12 +31,11 @@ from src.store import human_bytes, read_header
 import click
 
 from tools import sd3_full_report
-from tools.bench_common import FOLDER, machine
+from tools.bench_common import FOLDER, environment, machine
 from tools.bench_sd3_activations import outlier_paths
 from tools.sd3_full_stages import CHECKPOINT, CONFIG, CONVERTED, Settings, Stage, stages
 from tools.sd3_full_weights import Shapes
 
-ROOT = Path(__file__).resolve().parent.parent
 OWN = "sd3_full"  # folder in --work, where names may be those of the user's own artifacts
 TINY_PIXELS = (64, 128)
 
@@ -80,7 +78,7 @@ class Bench:
             process = subprocess.Popen(
                 [*words, *stage.arguments],
                 cwd=self.work,
-                env=environment(),
+                env=offline(),
                 stdout=output,
                 stderr=subprocess.STDOUT,
             )
@@ -124,11 +122,10 @@ class Bench:
             self.data["planted"] = {"inputs": len(planted), "smoothed": smoothed}
 
 
-def environment() -> dict[str, str]:
-    """This process's, offline, with the package to be found from any folder."""
-    kept = {name: value for name, value in os.environ.items() if name != "DITQ_CHECKPOINT"}
-    places = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {**kept, "PYTHONPATH": os.pathsep.join(places), "HF_HUB_OFFLINE": "1"}
+def offline() -> dict[str, str]:
+    """This process's environment, but for what would reach another checkpoint or the network."""
+    kept = {name: value for name, value in environment().items() if name != "DITQ_CHECKPOINT"}
+    return {**kept, "HF_HUB_OFFLINE": "1"}
 
 
 def described(stage: Stage) -> dict[str, Any]:
