@@ -312,10 +312,12 @@ def test_a_kernel_that_is_wrong_or_does_not_compile_is_not_used(stand_in, monkey
     monkeypatch.setattr(kernels, "text", lambda name: text(name).replace(*WRONG[fault]))
     assert not usable()
     assert status().startswith("not used: self-test failed on applegpu_g17s: Case(rows=")
-    assert f"to test again delete {record_file()}" in status()
+    remembered = fault != "no such function"
+    way_out = f"delete {record_file()}" if remembered else "the next process tests again"
+    assert status().endswith(way_out)
     launched = len(stand_in.launched)
     forget()
-    assert not usable() and len(stand_in.launched) == launched
+    assert not usable() and (len(stand_in.launched) == launched or not remembered)
     assert select(M5, 4096, 1536, 1536).name == "quantized_matmul"
     _, weight = random_weight(np.random.default_rng(0), Case(1, 128, 64, 4))
     assert not BACKEND.fuses(BACKEND.prepare(weight, mx.float16, 127))

@@ -121,9 +121,9 @@ class CudaInt8:
     @staticmethod
     def merged(operands: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
         """Tiles side by side: for weights that are kept in whole ones, of the same depth."""
-        if not all("tiles" in operand or "part" in operand for operand in operands):
+        if not all("tiles" in operand for operand in operands):
             return None
-        parts = [tiles_of(operand) for operand in operands]
+        parts = [operand["tiles"] for operand in operands]
         widths = [len(operand["scales"]) for operand in operands]
         if any(width != kernels.padded(width) for width in widths):
             return None
@@ -135,7 +135,7 @@ class CudaInt8:
         mx.eval(found["tiles"], found["scales"], found["columns"])
         end = 0
         for operand, part in zip(operands, parts, strict=True):
-            operand.pop("tiles", None)
+            del operand["tiles"]
             operand["part"] = Part(found, end, (end := end + len(part)))
         return found
 

@@ -20,7 +20,7 @@ from . import cuda_int8_kernels as kernels
 from .cuda_int8_kernels import CHUNK, PIECE, InputGrid, Variant
 from .device import Device, device_name
 from .fusing import Modulation
-from .remembering import Record, found_once
+from .remembering import COUNTED, Record, found_once
 from .weight import Weight
 
 SMALLEST_SCALE = np.float32(1e-12)
@@ -358,7 +358,7 @@ def first_wrong(cases: Iterable[Any], count: Callable[[Any], int]) -> str:
         except (RuntimeError, ValueError) as error:  # MLX's, of a kernel that does not compile
             return f"{case}: {str(error).strip().splitlines()[0][:200]}"
         if wrong:
-            return f"{case}: {wrong} wrong numbers"
+            return f"{case}: {wrong} {COUNTED}"
     return ""
 
 

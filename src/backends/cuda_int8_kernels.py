@@ -6,7 +6,6 @@ shape is taken. Each kernel is compiled when it is first used, for the device th
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..store import hash_file
 from .fusing import InputGrid, Modulation
 from .weight import Weight
 
@@ -84,17 +84,12 @@ def padded(size: int) -> int:
     return WIDE * pieces(size, WIDE)
 
 
-def text(name: str) -> str:
-    return (FOLDER / f"{name}.cu").read_text(encoding="utf-8")
-
-
 def included(*names: str) -> str:
     """The files as a kernel's header has them. By name, since MLX reads a kernel's whole source at
     every call: all of it would take longer than starting the kernel. The digest is there so that
     another content is another source."""
-    digests = (hashlib.sha256(text(name).encode()).hexdigest()[:16] for name in names)
-    lines = zip(names, digests, strict=True)
-    return "".join(f'#include "{FOLDER / name}.cu" // {digest}\n' for name, digest in lines)
+    files = [FOLDER / f"{name}.cu" for name in names]
+    return "".join(f'#include "{file}" // {hash_file(file)[:16]}\n' for file in files)
 
 
 def wgmma_source(columns: int = WIDE) -> str:

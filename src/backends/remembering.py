@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..store import folder_lock, read_json, write_json
+from ..store import folder_lock, hash_json, read_json, write_json
 from .tuning import cache_folder
 
 VERSION = 2
 UNFINISHED, GIVEN_UP = "a test did not come to its end", "two tests did not come to their end"
-# In what MLX says where there is too little memory just now, which is no fault of a kernel.
-SHORT_OF_MEMORY = ("out of memory", "unable to allocate")
+# How a reason ends that was found by counting. Others, such as too little memory or a compiler that
+# finds no headers, may be gone by the next time.
+COUNTED = "wrong numbers"
 
 
 @dataclass(frozen=True)
@@ -32,12 +33,13 @@ class Record:
 
     @property
     def file(self) -> Path:
-        return cache_folder() / f"{self.name}.json"
+        return cache_folder() / f"{self.name}-{hash_json(list(self.known))[:8]}.json"
 
     @property
     def way_out(self) -> str:
-        """What a user does about a failure that is remembered."""
-        return f"to test again delete {self.file}"
+        """What a user does about a failure."""
+        known = self.file.exists()
+        return f"to test again delete {self.file}" if known else "the next process tests again"
 
     @property
     def format(self) -> str:
@@ -85,7 +87,7 @@ def one_at_a_time(record: Record) -> Iterator[None]:
     with one home folder, number theirs alike."""
     with ExitStack() as held:
         with suppress(UserError):
-            held.enter_context(folder_lock(cache_folder(), f".{record.name}.lock", wait=True))
+            held.enter_context(folder_lock(cache_folder(), f".{record.file.stem}.lock", wait=True))
         yield
 
 
@@ -96,8 +98,8 @@ def recorded(record: Record, test: Callable[[], str]) -> str:
     except BaseException:
         record.forget()
         raise
-    if any(words in wrong.lower() for words in SHORT_OF_MEMORY):
-        record.forget()
-    else:
+    if not wrong or wrong.endswith(COUNTED):
         record.write(wrong)
+    else:
+        record.forget()
     return wrong

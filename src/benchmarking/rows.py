@@ -116,7 +116,9 @@ class Maker:
         a_scale = self.wanted.a_scale or self.subject.a_scale
         mx.eval(self.subject.quantized.transformer.parameters())  # a saved model's are read late
         before = active_bytes()
-        pipeline, step = with_kernel(self.subject.quantized, backend, a_scale)
+        pipeline, step = with_kernel(
+            self.subject.quantized, backend, a_scale, joined=not spec.modulated
+        )
         if spec.modulated:
             self.modulate(pipeline, step, a_scale)
         elif note := replaced_note(pipeline.transformer, backend):

@@ -158,11 +158,12 @@ def own_grids(linears: Mapping[str, nn.Linear], config: QuantConfig) -> dict[str
 
 
 def with_kernel(
-    quantized: Pipeline, backend: Backend | None, a_scale: str
+    quantized: Pipeline, backend: Backend | None, a_scale: str, joined: bool = True
 ) -> tuple[Pipeline, Step | None]:
     """The same codes multiplied by another backend, and the step that its layers follow.
 
-    Without a backend each layer takes the one that suits it, at the pipeline's size.
+    Without a backend each layer takes the one that suits it, at the pipeline's size. Layers that
+    are to be wrapped share no work, and so are not `joined`.
     """
     transformer = quantized.transformer
     old = quantized_layers(transformer)
@@ -176,7 +177,8 @@ def with_kernel(
         for path, layer in old.items()
     }
     made = with_layers(quantized, layers, step)
-    join(made.transformer)
+    if joined:
+        join(made.transformer)
     return made, step
 
 

@@ -40,13 +40,6 @@ def join(model: MMDiT) -> list[str]:
     return list(found)
 
 
-def part(model: MMDiT) -> None:
-    """Lets go of what joined layers keep for q, k and v together, before others replace them."""
-    for _, module in model.named_modules():
-        if isinstance(module, JoinedProjections):
-            module.part()
-
-
 def joined_parts(stream: nn.Module, gelu_is_tanh: bool) -> dict[str, nn.Module]:
     """By name, what is to take the place of a stream's attentions and MLP."""
     norm = Norm(modulate, NORM_EPS)

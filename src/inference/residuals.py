@@ -33,7 +33,6 @@ from ..quant.residual_scales import (
 )
 from ..quant.schedule import Step
 from ..store import human_bytes
-from .kernels import part
 
 ALL, AUTO = "all", "auto"
 SCALE_PICTURES = 8
@@ -270,7 +269,6 @@ def wrap(
     model: MMDiT, quantizers: Quantizers, exact: Mapping[str, nn.Module] | None = None
 ) -> dict[str, Modulated]:
     """The same for good; `exact` are layers in 16 bits that may stand in for the quantized ones."""
-    part(model)
     memory, layers, exact = Memory(), layers_of(model), exact or {}
     wrappers = {
         path: modulated(

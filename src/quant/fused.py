@@ -173,10 +173,8 @@ class Merged:
     """Layers that read the same codes, as one product of all their outputs, side by side."""
 
     layers: Sequence[Fused]
-    operands: Sequence[dict[str, Any]]  # theirs, as they were
-    # To be held by a module too: a compiled function has to know of all arrays that layers hold.
-    operand: dict[str, Any]
-    tables: dict[str, mx.array]  # as a layer's own
+    operands: Sequence[dict[str, Any]]  # theirs: another one is that of a layer prepared anew
+    operand: dict[str, Any]  # of all, with the table of biases
 
     @classmethod
     def of(cls, layers: Sequence[nn.Module]) -> Merged | None:
@@ -193,9 +191,9 @@ class Merged:
         tables = [layer.biases() for layer in layers]
         steps = max(map(len, tables))
         spread = [mx.broadcast_to(table, (steps, table.shape[1])) for table in tables]
-        biases = flat(mx.contiguous(mx.concatenate(spread, axis=1)))
-        mx.eval(biases)
-        return cls(layers, operands, operand, {"bias": biases})
+        operand["bias"] = flat(mx.contiguous(mx.concatenate(spread, axis=1)))
+        mx.eval(operand["bias"])
+        return cls(layers, operands, operand)
 
     def holds(self, layers: Sequence[nn.Module]) -> bool:
         """Whether these are the layers, and prepared as they were."""
@@ -205,12 +203,12 @@ class Merged:
     @property
     def has_one_bias(self) -> bool:
         """Whether all of the batch has the same, at present."""
-        return self.tables["bias"].ndim == 1 or self.layers[0]._step.place.size == 1
+        return self.operand["bias"].ndim == 1 or self.layers[0]._step.place.size == 1
 
     def of_codes(self, x: mx.array, codes: Any) -> mx.array:
         """(…, all outputs) for x, whose codes are known."""
         first = self.layers[0]
-        row = row_of(self.tables["bias"], first._step)
+        row = row_of(self.operand["bias"], first._step)
         y = first._backend.product(codes, self.operand, x.dtype, row)
         return y.reshape(*x.shape[:-1], -1)
 

@@ -37,18 +37,9 @@ class JoinedProjections(nn.Module):
         for name, child in attention.children().items():
             self[name] = child
         self._norm = norm
-        self.merge()
-
-    def merge(self) -> None:
-        """Makes q, k and v one product, where that is possible."""
         self._merged = Merged.of((self.q_proj, self.k_proj, self.v_proj))
         if self._merged is not None:
-            self._held = [self._merged.operand, self._merged.tables]
-
-    def part(self) -> None:
-        """Makes them three products again, and lets go of what one of all has kept."""
-        self._merged = None
-        self.pop("_held", None)
+            self._operand = self._merged.operand  # a compiled function has to find its arrays here
 
     def project(self, x: mx.array) -> Projected:
         """q, k and v, heads side by side; as one array where they are one product."""

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..backends import Device
 from ..errors import UserError
 from .affine import Affine, ByteAffine, FloatAffine, QuantizedAffine
 from .int8 import INT8Linear
@@ -216,7 +217,7 @@ class Modulated(nn.Module):
         about_middle = told.middle is not None
         if quantizer.largest is None or (about_middle and self._sums is None):
             return told.values, self._parts.product(told.values, None)
-        told = told.held_in(codes_dtype(quantizer.largest))
+        told = told._replace(codes=told.codes.astype(codes_dtype(quantizer.largest)))
         moved = self._parts.product(told.codes, told.factor)
         return told.values, added(moved, told.middle * self._sums if about_middle else None)
 
@@ -247,7 +248,7 @@ def affine(layer: nn.Module) -> Affine:
 
 def codes_dtype(largest: int) -> mx.Dtype:
     """What holds whole numbers up to the largest in the fewest bytes that products are fast in."""
-    on_cpu = mx.default_device() == mx.Device(mx.cpu)
+    on_cpu = Device.here().kind == "cpu"
     return mx.float32 if on_cpu or largest > LARGEST_HALF else mx.float16
 
 

@@ -39,10 +39,6 @@ class Told(NamedTuple):
     factor: mx.array  # that broadcasts over them
     middle: mx.array | None = None  # (…, 1), the same for all channels of a token
 
-    def held_in(self, dtype: mx.Dtype) -> Told:
-        """The same, for all that reads the codes."""
-        return self._replace(codes=self.codes.astype(dtype))
-
     @property
     def values(self) -> mx.array:
         """float32"""

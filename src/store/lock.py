@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..errors import UserError
@@ -30,7 +30,8 @@ def folder_lock(
     try:
         yield
     finally:
-        path.unlink(missing_ok=True)
+        with suppress(OSError):  # what was done under the lock is not undone by it
+            path.unlink(missing_ok=True)
         os.close(descriptor)
 
 
