@@ -12,6 +12,7 @@ from pathlib import Path
 from src.backends import BACKENDS, Device, Weight, named
 from src.backends import cuda_int8_check as check
 from src.backends import cuda_int8_kernels as kernels
+from src.backends import cuda_int8_source as sources
 from src.backends.cuda_int8 import CudaInt8, refusal, status, suited, usable, variant_of
 from src.backends.cuda_int8_check import (
     ENDING_SCALES,
@@ -32,8 +33,8 @@ from src.backends.cuda_int8_check import (
     wrong_modulated,
     wrong_sums,
 )
-from src.backends.cuda_int8_kernels import MMA, NARROW, WGMMA, InputGrid
-from src.backends.fusing import Modulation
+from src.backends.cuda_int8_source import MMA, NARROW, WGMMA
+from src.backends.fusing import InputGrid, Modulation
 from src.inference.kernels import join
 from src.models import mmdit
 from src.models.load import default_dtype
@@ -63,7 +64,7 @@ HERE = VARIANTS or [MMA]
 
 
 def text(name: str) -> str:
-    return (kernels.FOLDER / f"{name}.cu").read_text()
+    return (sources.FOLDER / f"{name}.cu").read_text()
 
 
 def name_of(value: object) -> str:
@@ -110,7 +111,7 @@ def test_eight_rows_of_a_column_lie_in_eight_banks_of_sixteen_bytes():
 
 @pytest.mark.parametrize("columns", [192, 256])
 def test_the_hopper_instruction_names_each_of_its_operands_once(columns):
-    source, sums = kernels.wgmma_source(columns), columns // 2
+    source, sums = sources.wgmma_source(columns), columns // 2
     instruction = source[source.index("wgmma.mma_async") :]
     assert f"m64n{columns}k32.s32.s8.s8" in instruction
     named_in_it = re.findall(r"%\d+", instruction[: instruction.index(";")])
@@ -140,15 +141,15 @@ def test_narrow_tiles_are_those_of_a_small_picture():
 def test_sources_keep_to_what_mlx_compiles(variant):
     """No standard headers and no clusters; the constants are those that Python counts with."""
     names = "tiles", "finish", variant.file, "quantize", "normalize"
-    generated = "" if variant is MMA else kernels.wgmma_source(variant.columns)
+    generated = "" if variant is MMA else sources.wgmma_source(variant.columns)
     source = generated + "".join(map(text, names))
     assert "#include" not in source and "__cluster_dims__" not in source
     assert f"__launch_bounds__({variant.threads}" in source
     constants = dict(re.findall(r"constexpr int (\w+) = (\d+);", source))
-    assert int(constants["PIECE"]) == kernels.PIECE
-    assert int(constants["CHUNK"]) == kernels.CHUNK
-    assert int(constants["ROWS_PER_BLOCK"]) * 32 == kernels.QUANTIZE_THREADS
-    stage = kernels.PIECE * (kernels.PIECE + variant.columns)
+    assert int(constants["PIECE"]) == sources.PIECE
+    assert int(constants["CHUNK"]) == sources.CHUNK
+    assert int(constants["ROWS_PER_BLOCK"]) * 32 == sources.QUANTIZE_THREADS
+    stage = sources.PIECE * (sources.PIECE + variant.columns)
     assert variant.shared_memory == int(constants["STAGES"]) * stage + 1024
     assert variant.shared_memory <= (99 if variant is MMA else 227) * 1024
     assert variant is MMA or int(constants["WIDE"]) == variant.columns
@@ -159,15 +160,15 @@ def test_sources_keep_to_what_mlx_compiles(variant):
 @pytest.mark.parametrize("variant", [WGMMA, NARROW, MMA], ids=lambda v: v.name)
 def test_a_header_names_files_and_changes_with_them(variant, monkeypatch, tmp_path):
     """MLX reads the source of a kernel at every call, and knows a kernel by it."""
-    header = kernels.multiply_header(variant)
+    header = sources.multiply_header(variant)
     files = re.findall(r'#include "(.+)\.cu"', header)
     assert [Path(file).stem for file in files] == ["tiles", "finish", variant.file]
     assert all(Path(f"{file}.cu").is_file() for file in files) and len(header) < 5000
-    copies = shutil.copytree(kernels.FOLDER, tmp_path / "cuda")
-    monkeypatch.setattr(kernels, "FOLDER", copies)
-    before = kernels.multiply_header(variant)
+    copies = shutil.copytree(sources.FOLDER, tmp_path / "cuda")
+    monkeypatch.setattr(sources, "FOLDER", copies)
+    before = sources.multiply_header(variant)
     (copies / "finish.cu").write_text(text("finish") + "\n")
-    assert kernels.multiply_header(variant) != before
+    assert sources.multiply_header(variant) != before
 
 
 def test_sources_are_installed():
@@ -301,9 +302,9 @@ def test_a_self_test_that_passed_holds_for_this_gpu_software_and_source(
     elif change == "compiler":
         monkeypatch.setattr(check, "COMPILERS", ("numpy",))
     elif change == "source":
-        copies = shutil.copytree(kernels.FOLDER, tmp_path / "cuda")
+        copies = shutil.copytree(sources.FOLDER, tmp_path / "cuda")
         (copies / "tiles.cu").write_text(text("tiles") + "\n")
-        monkeypatch.setattr(kernels, "FOLDER", copies)
+        monkeypatch.setattr(sources, "FOLDER", copies)
     assert usable() is (None if change else MMA)
     assert change or status() == "mma on sm_89, self-test passed"
 
@@ -313,7 +314,7 @@ def test_every_file_that_decides_what_runs_decides_what_is_remembered(
     variant, monkeypatch, tmp_path
 ):
     files = shutil.copytree(Path(check.__file__).parent, tmp_path / "backends")
-    monkeypatch.setattr(kernels, "FOLDER", files / "cuda")
+    monkeypatch.setattr(sources, "FOLDER", files / "cuda")
     monkeypatch.setattr(check, "__file__", str(files / "cuda_int8_check.py"))
     known = [record(variant).known]
     for name in ("cuda_int8_kernels.py", "cuda_int8_check.py", *os.listdir(files / "cuda")):

@@ -19,8 +19,8 @@ from typing import Any
 from src.backends import Weight
 from src.backends import cuda_int8_kernels as kernels
 from src.backends.cuda_int8 import CudaInt8, status, usable
-from src.backends.cuda_int8_kernels import MMA, InputGrid, Variant
-from src.backends.fusing import Modulation
+from src.backends.cuda_int8_source import MMA, Variant
+from src.backends.fusing import InputGrid, Modulation
 from src.models.mmdit import NORM_EPS, modulate
 
 import click

@@ -34,7 +34,7 @@ from src.backends.cuda_int8_check import (
     wrong_modulated,
     wrong_sums,
 )
-from src.backends.cuda_int8_kernels import MMA, NARROW, WGMMA, Variant
+from src.backends.cuda_int8_source import MMA, NARROW, WGMMA, Variant
 
 import click
 import mlx.core as mx

@@ -14,19 +14,11 @@ import mlx.core as mx
 
 from . import cuda_int8_kernels as kernels
 from .cuda_int8_check import record, self_test
-from .cuda_int8_kernels import (
-    MMA,
-    NARROW,
-    UNPACKED_BITS,
-    WGMMA,
-    Codes,
-    Following,
-    InputGrid,
-    Variant,
-)
+from .cuda_int8_kernels import UNPACKED_BITS, Codes, Following
+from .cuda_int8_source import MMA, NARROW, WGMMA, Variant
 from .dense import Dense
 from .device import HOPPER, Device
-from .fusing import Modulation, multiply_codes
+from .fusing import InputGrid, Modulation, multiply_codes
 from .unpack import Unpack
 from .weight import Weight
 
