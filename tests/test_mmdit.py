@@ -6,8 +6,9 @@ from dataclasses import replace
 
 from src.errors import UserError
 from src.models.configs import CONFIGS, MMDiTConfig, config_named
+from src.models.embedding import timestep_features
 from src.models.gelu import gelu_of_power
-from src.models.mmdit import MMDiT, timestep_features
+from src.models.mmdit import MMDiT
 
 import mlx.core as mx
 import mlx.nn as nn

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from src.models.mmdit import timestep_features
+from src.models.embedding import timestep_features
 from src.models.sd3 import velocity_by_diffusionkit
 
 import click

@@ -11,7 +11,6 @@ place where q and k are made, in the stead of `PositionEmbedding`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 
@@ -20,23 +19,12 @@ import mlx.nn as nn
 
 from ..errors import UserError
 from .configs import MMDiTConfig
+from .embedding import Embedder, PatchEmbedding, PositionEmbedding, timestep_features
 from .gelu import gelu_tanh
 from .hooks import Ends, Memory, NoiseLevel, RunBlock, run_block
 from .paths import BLOCKS, MODULATION
 
 NORM_EPS = 1e-6
-MAX_PERIOD = 10000.0
-
-
-def timestep_features(timestep: mx.array, size: int) -> mx.array:
-    """Cosines, then sines, of (batch,) timesteps: (batch, size), always float32.
-
-    Sixteen bits cannot hold the phases: the features would be off by up to 0.4 in float16.
-    """
-    half = size // 2
-    frequencies = mx.exp(-math.log(MAX_PERIOD) / half * mx.arange(half, dtype=mx.float32))
-    phase = timestep.astype(mx.float32)[:, None] * frequencies
-    return mx.concatenate([mx.cos(phase), mx.sin(phase)], axis=-1)
 
 
 def modulate(x: mx.array, shift: mx.array, scale: mx.array) -> mx.array:
@@ -68,44 +56,6 @@ def beside(one: Heads, other: Heads) -> tuple[mx.array, mx.array, mx.array]:
         return apart(mx.concatenate([one, other], axis=1))
     pairs = zip(apart(one), apart(other), strict=True)
     return tuple(mx.concatenate(pair, axis=2) for pair in pairs)
-
-
-class PatchEmbedding(nn.Module):
-    """Cuts the latent into patches, row by row, and projects each to the hidden size."""
-
-    def __init__(self, config: MMDiTConfig) -> None:
-        super().__init__()
-        self.proj = nn.Conv2d(
-            config.latent_channels, config.hidden, config.patch, stride=config.patch
-        )
-
-    def __call__(self, latent: mx.array) -> mx.array:
-        return self.proj(latent).flatten(1, 2)
-
-
-class PositionEmbedding(nn.Module):
-    """A learned square grid of positions; a smaller picture takes its centre."""
-
-    def __init__(self, config: MMDiTConfig) -> None:
-        super().__init__()
-        self._side = config.position_size
-        self.pos_embed = nn.Embedding(config.position_size**2, config.hidden)
-
-    def __call__(self, rows: int, columns: int) -> mx.array:
-        top, left = (self._side - rows) // 2, (self._side - columns) // 2
-        grid = self.pos_embed.weight.reshape(self._side, self._side, -1)
-        return grid[top : top + rows, left : left + columns].flatten(0, 1)
-
-
-class Embedder(nn.Module):
-    """Two linears with SiLU between: pooled text or timestep features to the hidden size."""
-
-    def __init__(self, inputs: int, hidden: int) -> None:
-        super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(inputs, hidden), nn.SiLU(), nn.Linear(hidden, hidden))
-
-    def __call__(self, x: mx.array) -> mx.array:
-        return self.mlp(x)
 
 
 class Attention(nn.Module):
