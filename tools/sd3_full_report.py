@@ -34,7 +34,8 @@ def explanation() -> list[str]:
         "machine's memory, in decimal GB. Copies is the larger of the two, without what the",
         "process began with, over the 16-bit transformer's bytes on disk; below "
         f"{COPIES:g} passes. Told",
-        "is what `ditq doctor --sd3` says of a picture's memory. What the pictures show is noise.",
+        "is what `ditq doctor --sd3` says of a picture's memory, where each kernel ends before the",
+        "next; what kernels under way on a GPU hold comes on top. The pictures show noise.",
     ]
 
 
