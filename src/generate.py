@@ -9,10 +9,10 @@ from pathlib import Path
 
 import click
 
+from .backends import staying_packed
 from .cli import Bar, command, peak_memory_bytes
 from .errors import UserError
 from .inference.int8 import OFF, Int8, open_with_int8, reread_of
-from .inference.low_memory import KERNEL
 from .inference.low_memory import low_memory as lowered
 from .inference.options import int8_options, streaming_options
 from .inference.saved import check_sigmas, is_saved
@@ -52,7 +52,7 @@ def generate(
     paths = output_paths(Path(output), len(prompts))
     require_writable(paths[0].parent)
     if low_memory and kernel is None and is_saved(model):
-        kernel = KERNEL
+        kernel = staying_packed()
     pipeline = open_with_int8(model, kernel=kernel, int8=int8)
     check_sigmas(pipeline.transformer, pipeline.sigmas(num_steps)[:-1].tolist())
     seeds = [seed + i for i in range(len(prompts))]

@@ -9,7 +9,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from src.backends import BACKENDS, Device, Weight, named
+from src.backends import BACKENDS, Device, Weight, named, staying_packed
 from src.backends import cuda_int8_check as check
 from src.backends import cuda_int8_kernels as kernels
 from src.backends import cuda_int8_source as sources
@@ -261,6 +261,15 @@ def nvidia(monkeypatch, tmp_path):
 
     yield pretend
     self_test.cache_clear()
+
+
+@without_cuda
+def test_low_memory_takes_integer_kernels_only_where_they_are_right(nvidia):
+    nvidia("NVIDIA L40S", 8, 9)
+    assert staying_packed() == "quantized_matmul"
+    record(MMA).write("")
+    nvidia("NVIDIA L40S", 8, 9)  # the next process
+    assert staying_packed() == "cuda_int8_packed"
 
 
 @without_cuda

@@ -8,10 +8,11 @@ import sys
 from contextlib import nullcontext
 from pathlib import Path
 
+from src.backends import staying_packed
 from src.errors import UserError
 from src.generate import generate
 from src.inference.export import save_model
-from src.inference.low_memory import KERNEL, low_memory
+from src.inference.low_memory import low_memory
 from src.models.load import load_pipeline
 from src.sampling import Noise, denoise
 from src.store import save_tensors
@@ -92,7 +93,7 @@ class Counted(nn.Module):
 @pytest.mark.parametrize("low", [False, True])
 def test_fifty_quantized_steps_are_compiled_once(low):
     """On GPUs each trace would cost seconds; the activation grid changes at every step."""
-    pipeline = quantized_pipeline(kernel=KERNEL)
+    pipeline = quantized_pipeline(kernel=staying_packed())
     counted = Counted(pipeline.transformer.context_embedder)
     pipeline.transformer.context_embedder = counted
     sigmas = pipeline.sigmas(50)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from src.backends import staying_packed
 from src.errors import UserError
 from src.generate import generate
 from src.inference.export import save_model
-from src.inference.low_memory import KERNEL, low_memory, released_tensors
+from src.inference.low_memory import low_memory, released_tensors
 from src.inference.saved import open_pipeline, reread_saved
 from src.models.load import load_pipeline
 from src.sampling import Noise, denoise
@@ -34,7 +35,7 @@ def pictures(pipeline, **settings) -> list[np.ndarray]:
 @pytest.mark.parametrize("quantized", [True, False])
 @pytest.mark.parametrize("cfg_weight", [4.0, 0.0])
 def test_three_prompts_in_a_row_are_the_same_bit_for_bit(quantized, cfg_weight):
-    pipeline = quantized_pipeline(kernel=KERNEL) if quantized else load_pipeline("tiny")
+    pipeline = quantized_pipeline(kernel=staying_packed()) if quantized else load_pipeline("tiny")
     wanted = pictures(pipeline, cfg_weight=cfg_weight)
     with low_memory(pipeline):
         low = pictures(pipeline, cfg_weight=cfg_weight)
@@ -47,7 +48,7 @@ def test_three_prompts_in_a_row_are_the_same_bit_for_bit(quantized, cfg_weight):
 def test_a_saved_model_reads_its_own_folder_again(tmp_path):
     save_model(quantized_pipeline(), tmp_path / "saved")
     plain = pictures(open_pipeline(str(tmp_path / "saved")))
-    pipeline = open_pipeline(str(tmp_path / "saved"), kernel=KERNEL)
+    pipeline = open_pipeline(str(tmp_path / "saved"), kernel=staying_packed())
     with low_memory(pipeline, reread_saved(tmp_path / "saved")):
         for one, other in zip(plain, pictures(pipeline), strict=True):
             np.testing.assert_array_equal(other, one)
@@ -64,7 +65,7 @@ class MemoryAtSteps:
 
 
 def test_the_weights_are_not_in_memory_while_denoising():
-    pipeline = quantized_pipeline(kernel=KERNEL, modulation=False)
+    pipeline = quantized_pipeline(kernel=staying_packed(), modulation=False)
     weights = sum(t.nbytes for t in released_tensors(pipeline.transformer).values())
     plain, low = MemoryAtSteps(), MemoryAtSteps()
     pipeline.sample(PROMPTS[:1], [0], num_steps=3, callbacks=[plain])
@@ -77,7 +78,7 @@ def test_the_weights_are_not_in_memory_while_denoising():
 
 
 def test_weights_are_back_whatever_happens(tmp_path):
-    pipeline = quantized_pipeline(kernel=KERNEL)
+    pipeline = quantized_pipeline(kernel=staying_packed())
     wanted = pictures(pipeline)
 
     class Stop:
@@ -92,7 +93,7 @@ def test_weights_are_back_whatever_happens(tmp_path):
 
 def test_a_call_without_a_table_reads_what_it_needs():
     """The transformer is whole at all times: other tools may call it as ever."""
-    pipeline = quantized_pipeline(kernel=KERNEL)
+    pipeline = quantized_pipeline(kernel=staying_packed())
     inputs = mx.random.normal((1, 8, 8, 16)), mx.random.normal((1, 4, 32)), mx.zeros((1, 32))
     wanted = pipeline.transformer(*inputs, mx.array([500.0]))
     with low_memory(pipeline):
@@ -127,7 +128,7 @@ def test_compiled_steps_take_the_table_too():
 
 def test_kernels_that_unpack_are_refused(tmp_path):
     pipeline = quantized_pipeline(kernel="dense")
-    with pytest.raises(UserError, match="kernel dense unpacks.*--kernel quantized_matmul"):
+    with pytest.raises(UserError, match=f"kernel dense unpacks.*--kernel {staying_packed()}"):
         with low_memory(pipeline):
             pass
     save_model(pipeline, tmp_path / "saved")
@@ -135,7 +136,7 @@ def test_kernels_that_unpack_are_refused(tmp_path):
         "src.generate", "--model", "saved", "--prompt", PROMPTS[0], "--low-memory",
         "--kernel", "dense", cwd=tmp_path,
     )  # fmt: skip
-    assert_one_error_line(result, "--low-memory", "dense", "quantized_matmul")
+    assert_one_error_line(result, "--low-memory", "dense", staying_packed())
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ import gc
 from contextlib import nullcontext
 
 from src.inference.export import save_transformer
-from src.inference.low_memory import KERNEL, low_memory
+from src.inference.low_memory import low_memory
 from src.inference.memory import Layout, disk_bytes, resident_bytes
 from src.inference.saved import load_saved_transformer, reread_saved
 from src.models.configs import config_named
@@ -53,7 +53,7 @@ def test_resident_bytes_are_what_mlx_holds(low, saved, no_cache):
     mx.eval(conditioning.text, conditioning.pooled, latent)
     gc.collect()
     before = mx.get_active_memory()
-    pipeline.transformer = load_saved_transformer(saved, kernel=KERNEL)
+    pipeline.transformer = load_saved_transformer(saved, kernel="quantized_matmul")
     with low_memory(pipeline, reread_saved(saved)) if low else nullcontext():
         velocity = pipeline.velocity(conditioning, 4.0, sigmas)
         mx.eval(velocity(latent, mx.array(sigmas[2])))

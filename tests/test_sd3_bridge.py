@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import src
+from src.backends import staying_packed
 from src.errors import UserError
 from src.inference import bridge
 from src.inference.bridge import StandIn, eject, inject, stand_in_of, take_place
@@ -122,7 +123,7 @@ class TestPictures:
 
     def test_in_low_memory_mode_weights_stay_packed(self, artifacts, wanted):
         inject(pipeline := make(low_memory=True), *artifacts["sd3-medium"])
-        assert {layer.kernel for layer in in_place(pipeline)} == {"quantized_matmul"}
+        assert {layer.kernel for layer in in_place(pipeline)} == {staying_packed()}
         assert np.abs(draw(pipeline) - wanted["sd3-medium"]).max() <= 1
         with pytest.raises(UserError, match="kernel dense unpacks"):
             inject(make(low_memory=True), *artifacts["sd3-medium"], kernel="dense")

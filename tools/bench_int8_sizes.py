@@ -17,12 +17,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from src.backends import cuda_int8, device_name
+from src.backends import device_name, staying_packed
 from src.benchmarking.plots import number
 from src.benchmarking.subjects import with_layers
 from src.benchmarking.timing import in_turns, ratios, refusal_of, seconds_of, spread
 from src.inference.kernels import TEXT_TOKENS
-from src.inference.low_memory import KERNEL, low_memory, released_tensors
+from src.inference.low_memory import low_memory, released_tensors
 from src.models.configs import config_named
 from src.models.mmdit import MMDiT
 from src.models.pipeline import Pipeline
@@ -51,7 +51,6 @@ from tools.int8_models import (
 )
 
 MODELS, PIXELS, PICTURES = ("sd3-medium", "sd3.5-large"), (512, 1024, 1536), (1, 2, 4, 8)
-PACKED = "cuda_int8_packed"
 SPELL = 2.5  # seconds for more rounds than one
 MAKING = 3.0  # seconds that a row's layers may take
 NO_TIME = "no time was left"
@@ -62,7 +61,7 @@ PEAKS = {
     "NVIDIA H100 80GB HBM3": {INTEGERS: 1979.0, FLOATS: 989.0},
 }
 ROOM, MARGIN = 1.08, 96  # of the plot: above the highest point, and pixels beside the sides
-INTEGER_KERNELS = {"cuda_int8", PACKED, "metal_int8"}
+INTEGER_KERNELS = {"cuda_int8", "cuda_int8_packed", "metal_int8"}
 STYLES = {  # colour and line of the plot
     "W4A8, as chosen": ("#33658a", "-"),
     "W8A8, as chosen": ("#4c9f70", "-"),
@@ -91,11 +90,6 @@ ROWS = (
     Row("W4A8, low memory", lambda model: model.over(4, staying_packed()), low_memory=True),
     Row("16 bits, low memory", lambda model: with_layers(model.exact, {}), low_memory=True),
 )
-
-
-def staying_packed() -> str:
-    """The fastest kernel that leaves weights packed."""
-    return PACKED if cuda_int8.usable() else KERNEL
 
 
 @dataclass
@@ -253,9 +247,9 @@ def lines_of(data: dict[str, Any], picture: str | None) -> list[str]:
         "round where that takes seconds; `times` is the median ratio within the rounds. Kernels",
         "are chosen for one picture of the size, however many are drawn.",
         "",
-        f"Low memory is `--low-memory`, on an NVIDIA GPU with `--kernel {PACKED}`: weights",
-        f"stay packed, and the modulation is computed for all {STEPS} steps ahead, so that what it",
-        "gave is held instead of its weights, and the step does without it.",
+        "Low memory is `--low-memory`: weights stay packed, and the modulation is computed",
+        f"for all {STEPS} steps ahead: what it gave is held instead of its weights, and the step",
+        "does without it.",
         "",
         "TOPS are 2 times the multiply-adds of block linears, attention and modulation, counted",
         "from the shapes, over the step's time; embedders, norms, GELU and the final layer are not",

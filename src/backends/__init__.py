@@ -17,6 +17,7 @@ from .select import (
     named,
     select,
     select_ready,
+    staying_packed,
 )
 from .weight import MLX_BITS, Weight
 
@@ -33,5 +34,6 @@ __all__ = [
     "integer_kernel",
     "named",
     "select",
+    "staying_packed",
     "select_ready",
 ]

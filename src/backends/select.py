@@ -30,6 +30,7 @@ class Backend(Protocol):
         """(…, rows) float32; with a factor x holds codes of that unit, without one floats."""
 
 
+PACKED_TILES = CudaInt8(keeps_packed=True)
 # An integer kernel joins here, and in tuning.py as one that may be chosen.
 BACKENDS: dict[str, Backend] = {
     backend.name: backend
@@ -39,12 +40,19 @@ BACKENDS: dict[str, Backend] = {
         Unpack(),
         QuantizedMatmul(),
         CudaInt8(),
-        CudaInt8(keeps_packed=True),
+        PACKED_TILES,
         MetalInt8(),
     )
 }
 
 UNPACKING = ("dense", "cuda_int8", "metal_int8")  # these keep more than the packed codes
+
+
+def staying_packed() -> str:
+    """The name of the fastest backend here that keeps nothing but the packed codes."""
+    if Device.here().kind == "cpu":
+        return Unpack.name
+    return PACKED_TILES.name if cuda_int8.usable() else QuantizedMatmul.name
 
 
 def named(name: str) -> Backend:

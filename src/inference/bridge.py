@@ -17,6 +17,7 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
+from ..backends import staying_packed
 from ..errors import UserError
 from ..models.checkpoints import read_weights
 from ..models.load import default_dtype
@@ -35,7 +36,7 @@ from ..models.sd3_mends import (
 )
 from ..quant.loading import source_of
 from ..quant.schedule import Schedule
-from .low_memory import KERNEL, ModulationAhead, check_kernels
+from .low_memory import ModulationAhead, check_kernels
 from .open import Settings, open_artifacts
 
 # DiffusionKit's names of the models and ours.
@@ -174,7 +175,9 @@ def inject(
     if isinstance(pipeline, Bridged):
         raise UserError("the pipeline is quantized already; ditq.eject(pipeline) first")
     low_memory = bool(pipeline.low_memory_mode)
-    settings = Settings(kernel or (KERNEL if low_memory else None), a_scale, weights_only)
+    if kernel is None and low_memory:
+        kernel = staying_packed()
+    settings = Settings(kernel, a_scale, weights_only)
     name = check_variant(pipeline, Path(adaround_output))
     path = checkpoint_of(pipeline, checkpoint)
     check_untouched(getattr(pipeline, "mmdit", None), path, unread=low_memory)

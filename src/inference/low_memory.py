@@ -15,7 +15,7 @@ from pathlib import Path
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from ..backends import UNPACKING
+from ..backends import UNPACKING, staying_packed
 from ..errors import UserError
 from ..models.mmdit import MMDiT
 from ..models.paths import MODULATION
@@ -24,7 +24,6 @@ from ..quant.linear import QuantizedLinear
 from ..quant.schedule import SAME_SIGMA
 from ..store import load_tensors, require_space, save_tensors
 
-KERNEL = "quantized_matmul"  # keeps nothing but the packed codes
 # What nothing but the modulation reads.
 EMBEDDERS = ("y_embedder", "t_embedder")
 
@@ -59,7 +58,7 @@ def check_kernels(transformer: MMDiT) -> None:
         if isinstance(layer, QuantizedLinear) and layer.kernel in UNPACKING:
             raise UserError(
                 f"--low-memory needs weights that stay packed, kernel {layer.kernel} unpacks them; "
-                f"use --kernel {KERNEL}"
+                f"use --kernel {staying_packed()}"
             )
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import click
 from tqdm import tqdm
 
+from ..backends import UNPACKING, staying_packed
 from ..cli import Bar
 from ..errors import UserError
 from ..report.content import Rung
@@ -19,7 +20,7 @@ from ..store import require_writable
 from .compare import Compared, Drawn, Measured, Request, compare, draw, measure, reference_of
 from .export import check_target, save_model
 from .ladder import ladder, largest_inputs, rung_count
-from .low_memory import KERNEL, UNPACKING, low_memory
+from .low_memory import low_memory
 from .open import Artifacts, Quantized
 from .pictures import compare_paths, write_side_by_side
 from .summary import comparison_report, measured_lines, picture_lines
@@ -67,8 +68,10 @@ class Wanted:
     def kernel(self, given: str | None) -> str | None:
         """With --low-memory the one that keeps weights packed, unless another is asked for."""
         if self.low_memory and given in UNPACKING:
-            raise UserError(f"--low-memory and --kernel {given} exclude each other; use {KERNEL}")
-        return KERNEL if self.low_memory and given is None else given
+            raise UserError(
+                f"--low-memory and --kernel {given} exclude each other; use {staying_packed()}"
+            )
+        return staying_packed() if self.low_memory and given is None else given
 
 
 @dataclass(frozen=True)
