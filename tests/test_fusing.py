@@ -225,6 +225,20 @@ def test_q_k_and_v_are_one_product_where_the_backend_can(shifts):
         assert mx.array_equal(part, layer(x))
 
 
+def test_what_is_joined_may_be_joined_again():
+    backend, step = FusingBackend(merges=True), Step(Schedule(SIGMAS))
+    joined = JoinedProjections(attention_of([grid()] * 3, backend, step), NORM)
+    other, x = FusingBackend(), mx.random.normal((2, 7, COLUMNS))
+    for layer in (joined.q_proj, joined.k_proj, joined.v_proj):
+        layer.prepare(dataclasses.replace(layer.runtime, backend=other), mx.float32)
+    again = JoinedProjections(joined, NORM)
+    assert set(again.children()) == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    for got, layer in zip(
+        again.project(x), (again.q_proj, again.k_proj, again.v_proj), strict=True
+    ):
+        assert mx.array_equal(got, layer(x))
+
+
 def test_what_was_merged_ends_with_another_layer_or_another_kernel():
     for change in (
         lambda joined, other: setattr(joined, "k_proj", other),

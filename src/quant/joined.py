@@ -35,7 +35,8 @@ class JoinedProjections(nn.Module):
     def __init__(self, attention: nn.Module, norm: Norm) -> None:
         super().__init__()
         for name, child in attention.children().items():
-            self[name] = child
+            if isinstance(child, nn.Module):
+                self[name] = child
         self._norm = norm
         self._merged = Merged.of((self.q_proj, self.k_proj, self.v_proj))
         if self._merged is not None:
