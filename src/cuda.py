@@ -12,8 +12,11 @@ FEW = 20  # MLX starts a hundred at once on a Hopper GPU, and ten times as many 
 
 
 def launch_singly() -> None:
-    """No CUDA graphs in this process: an iteration of learned rounding then takes 12 ms, not 19."""
+    """No CUDA graphs in this process: an iteration of learned rounding then takes 12 ms, not 19.
+    Without them as many kernels as MLX likes: what an iteration holds is estimated with those."""
     os.environ.setdefault(GRAPHS, "0")
+    if os.environ.get(KERNELS_AT_ONCE) == str(FEW):
+        del os.environ[KERNELS_AT_ONCE]
 
 
 def keep_few_under_way() -> None:
