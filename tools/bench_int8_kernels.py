@@ -22,6 +22,7 @@ from src.backends.cuda_int8 import CudaInt8, status, usable
 from src.backends.cuda_int8_source import MMA, Variant
 from src.backends.fusing import InputGrid, Modulation
 from src.models.mmdit import NORM_EPS, modulate
+from src.quant.grid import absmax_scale, nearest_codes
 
 import click
 import mlx.core as mx
@@ -80,15 +81,10 @@ def products_of_torch(worker: subprocess.Popen | None, *shape: int) -> dict[str,
 # --- what is compared
 
 
-def codes_and_scales(weight: mx.array) -> tuple[mx.array, mx.array]:
-    scales = mx.abs(weight.astype(mx.float32)).max(axis=1, keepdims=True) / 7
-    return mx.clip(mx.round(weight.astype(mx.float32) / scales), -8, 7), scales
-
-
 def operand_of(weight: mx.array, packed: bool = False) -> dict[str, Any]:
     """W4, at int8 in tiles or packed."""
-    codes, scales = codes_and_scales(weight)
-    words = packed_here(codes, 4)
+    scales = absmax_scale(weight, 4)
+    words = packed_here(nearest_codes(weight, scales, 4), 4)
     backend = CudaInt8(keeps_packed=packed)
     operand = backend.prepare(Weight(words, scales, 4), mx.float16, 127)
     mx.eval(operand["columns"], words, scales)

@@ -200,10 +200,9 @@ class Merged:
         pairs = zip(layers, self.layers, self.operands, strict=True)
         return all(layer is own and own._operand is operand for layer, own, operand in pairs)
 
-    @property
-    def has_one_bias(self) -> bool:
-        """Whether all of the batch has the same, at present."""
-        return self.operand["bias"].ndim == 1 or self.layers[0]._step.place.size == 1
+    def mixes_biases(self) -> bool:
+        """Whether one of the layers does."""
+        return any(layer.mixes_biases() for layer in self.layers)
 
     def of_codes(self, x: mx.array, codes: Any) -> mx.array:
         """(…, all outputs) for x, whose codes are known."""

@@ -60,7 +60,7 @@ class JoinedProjections(nn.Module):
     def of_codes(self, layers: Sequence[nn.Module], x: mx.array, codes: Any) -> Projected:
         """The outputs for x, whose codes are known."""
         merged = self._merged
-        if merged is not None and merged.holds(layers) and merged.has_one_bias:
+        if merged is not None and merged.holds(layers) and not merged.mixes_biases():
             return merged.of_codes(x, codes)
         return tuple(layer.of_codes(x, codes) for layer in layers)
 
