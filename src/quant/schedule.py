@@ -141,7 +141,8 @@ class Step:
             mx.array(field)[:, self.place] for field in vars(self._stacked).values()
         )
         layers, here = len(self._tables), (scale * mx.exp(self.part * ratio), limit)
-        return tuple(mx.split(per_row(values.reshape(-1), ndim), layers) for values in here)
+        apart = (mx.split(values.reshape(-1), layers) for values in here)
+        return tuple([per_row(values, ndim) for values in own] for own in apart)
 
     def vector(self, vectors: mx.array, ndim: int) -> mx.array:
         """Of (steps, channels) vectors the one of here, linear between steps; of one, that one."""
@@ -154,5 +155,11 @@ class Step:
 
 
 def per_row(values: mx.array, ndim: int) -> mx.array:
-    """(rows,) values to be broadcast over an input of that many dimensions."""
-    return values.reshape(-1, *[1] * (ndim - 1))
+    """(rows,) values to be broadcast over an input of that many dimensions.
+
+    One for all rows has no dimensions itself: compiled code reads whatever has some by its strides,
+    one number at a time, and on a GPU that can take ten times as long.
+    """
+    if ndim == 1:
+        return values
+    return values.squeeze(0) if len(values) == 1 else values.reshape(-1, *[1] * (ndim - 1))
