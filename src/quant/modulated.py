@@ -187,7 +187,8 @@ class Modulated(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         """As the layer itself, in the dtype of x."""
-        parts, entered = self._parts, self._parts.entered(x)
+        # Compiled, what makes x and its codes would be one kernel, which is too long to be fast.
+        parts, entered = self._parts, self._parts.entered(mx.contiguous(x))
         if self._modulates:
             y = self.remembered(entered)
         else:
