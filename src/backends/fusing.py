@@ -37,8 +37,8 @@ class InputGrid:
         """What a quantizing kernel reads beside its input, in this order: scales, limits, shift and
         smoothing, with anything in the place of what is absent and so not read."""
         return [
-            self.scales.reshape(-1),
-            self.limits.reshape(-1),
+            self.scales.flatten(),
+            self.limits.flatten(),
             nothing(2) if self.shift is None else self.shift.reshape(-1, columns),
             nothing(1) if self.smoothing is None else self.smoothing,
         ]

@@ -288,7 +288,7 @@ class QuantizedLinear(Fused, nn.Module):
 
     def bias_here(self, ndim: int) -> mx.array:
         """b_t for an input of that many dimensions."""
-        return self.bias[0] if len(self.bias) == 1 else self._step.vector(self.bias, ndim)
+        return self.bias.squeeze(0) if len(self.bias) == 1 else self._step.vector(self.bias, ndim)
 
     def centred(self, x: mx.array) -> mx.array:
         """(x − z_t) / m, in float32 where there is anything to do."""
