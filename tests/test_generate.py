@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 from src.backends import staying_packed
@@ -102,6 +104,22 @@ def test_fifty_quantized_steps_are_compiled_once(low):
         velocity = pipeline.velocity(conditioning, 4.0, sigmas[:-1].tolist(), compiled=True)
         denoise(velocity, Noise([0]), sigmas, (8, 8, 16))
     assert len(counted.calls) == 1
+
+
+@pytest.mark.parametrize("made", ["text", "weight"])
+def test_a_compiled_step_computes_nothing_that_steps_share(made):
+    """What was not computed yet when the step was traced would be so at every step."""
+    pipeline = load_pipeline("tiny")
+    conditioning = pipeline.condition([PROMPT], 4.0)
+    if made == "text":
+        conditioning = replace(conditioning, text=mx.sinh(conditioning.text))
+    else:
+        embedder = pipeline.transformer.context_embedder
+        embedder.weight = mx.sinh(embedder.weight)
+    velocity = pipeline.velocity(conditioning, 4.0, compiled=True)
+    graph = io.StringIO()
+    mx.export_to_dot(graph, velocity(mx.zeros((1, 8, 8, 16)), mx.array(0.5)))
+    assert "Concatenate" in graph.getvalue() and "Sinh" not in graph.getvalue()
 
 
 def test_a_pipelines_folder_loads_from_any_path(tmp_path):

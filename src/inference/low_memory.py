@@ -18,14 +18,11 @@ from mlx.utils import tree_flatten
 from ..backends import UNPACKING, staying_packed
 from ..errors import UserError
 from ..models.mmdit import MMDiT
-from ..models.paths import MODULATION
+from ..models.paths import modulates
 from ..models.pipeline import Conditioning, Pipeline
 from ..quant.linear import QuantizedLinear
 from ..quant.schedule import SAME_SIGMA
 from ..store import load_tensors, require_space, save_tensors
-
-# What nothing but the modulation reads.
-EMBEDDERS = ("y_embedder", "t_embedder")
 
 # Gives tensors of the transformer by name, unread: MLX reads a tensor when it is first used.
 Reread = Callable[[], Mapping[str, mx.array]]
@@ -65,9 +62,7 @@ def check_kernels(transformer: MMDiT) -> None:
 def released_tensors(transformer: MMDiT) -> dict[str, mx.array]:
     """By name, the parameters that nothing but the modulation reads."""
     return {
-        name: tensor
-        for name, tensor in tree_flatten(transformer.parameters())
-        if MODULATION in name or name.startswith(EMBEDDERS)
+        name: tensor for name, tensor in tree_flatten(transformer.parameters()) if modulates(name)
     }
 
 

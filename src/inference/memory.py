@@ -10,9 +10,8 @@ from mlx.utils import tree_flatten
 
 from ..models.configs import MMDiTConfig
 from ..models.mmdit import MMDiT
-from ..models.paths import MODULATION
+from ..models.paths import EMBEDDERS, MODULATION
 from ..quant.packing import MLX_GROUP_SIZES
-from .low_memory import EMBEDDERS
 
 SIXTEEN, FLOAT = 2, 4  # bytes of a number
 

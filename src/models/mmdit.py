@@ -16,13 +16,14 @@ from contextlib import nullcontext
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 
 from ..errors import UserError
 from .configs import MMDiTConfig
 from .embedding import Embedder, PatchEmbedding, PositionEmbedding, timestep_features
 from .gelu import gelu_tanh
 from .hooks import Ends, Memory, NoiseLevel, RunBlock, run_block
-from .paths import BLOCKS, MODULATION
+from .paths import BLOCKS, MODULATION, modulates
 
 NORM_EPS = 1e-6
 
@@ -287,6 +288,14 @@ class MMDiT(nn.Module):
         """Begins another picture; nothing where no layer remembers one."""
         if self.memory is not None:
             self.memory.reset()
+
+    def arrays(self, vectors_are_given: bool) -> list[mx.array]:
+        """All that a call reads, of parameters and of what layers have made of them."""
+        return [
+            array
+            for name, array in tree_flatten(self.state)
+            if isinstance(array, mx.array) and not (vectors_are_given and modulates(name))
+        ]
 
     def modulation_layers(self) -> dict[str, Modulation]:
         """All modulations by path: both streams' of each block, then the final layer's."""

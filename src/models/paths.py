@@ -11,6 +11,7 @@ from ..errors import UserError
 
 BLOCKS = "multimodal_transformer_blocks"
 MODULATION = "adaLN_modulation"  # kept at 16 bits
+EMBEDDERS = ("y_embedder", "t_embedder")  # of the pooled text and the timestep
 
 
 def block_linears(model: nn.Module) -> dict[str, nn.Linear]:
@@ -26,6 +27,11 @@ def block_linears(model: nn.Module) -> dict[str, nn.Linear]:
             if isinstance(module, nn.Linear) and MODULATION not in path:
                 linears[f"{BLOCKS}.{index}.{path}"] = module
     return linears
+
+
+def modulates(name: str) -> bool:
+    """Whether nothing but the modulation reads that parameter."""
+    return MODULATION in name or name.startswith(EMBEDDERS)
 
 
 def input_of(path: str) -> str:

@@ -107,7 +107,8 @@ class Pipeline:
         sigmas: Sequence[float] | None = None,
         compiled: bool | None = None,
     ) -> Callable[[mx.array, mx.array], mx.array]:
-        """The guided velocity of (latent, sigma) under one conditioning, of one picture or batch.
+        """The guided velocity of (latent, sigma) under one conditioning, of one picture or batch,
+        and of the transformer as it is now.
 
         It is compiled unless it runs on the CPU, where that starts a C++ compiler for little gain;
         `compiled` says otherwise. Where modulation is computed ahead, it is so for `sigmas`, and
@@ -129,9 +130,15 @@ class Pipeline:
         combine = mx.compile(combined) if wanted and not whole else combined
         if whole:
             kept = {} if memory is None else memory.arrays
-            run = mx.compile(run, inputs=[self.transformer.state, kept], outputs=kept)
-        if self.modulate_ahead is not None and sigmas is not None:
+            run = mx.compile(run, inputs=kept, outputs=kept)
+        ahead = self.modulate_ahead is not None and sigmas is not None
+        if ahead:
             run = with_vectors(run, self.modulate_ahead(conditioning, sigmas))
+        if whole:
+            # Constants of what is compiled: thousands of inputs would cost a millisecond a step.
+            # What is still to be computed of them would be computed anew at each.
+            weights = self.transformer.arrays(vectors_are_given=ahead)
+            mx.eval(conditioning.text, conditioning.pooled, weights)
         return run if memory is None else memory.watched(run)
 
     def sigmas(self, num_steps: int | None = None) -> np.ndarray:
