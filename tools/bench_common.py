@@ -44,8 +44,14 @@ def arguments() -> list[str]:
     return [a for i, a in enumerate(given) if i not in places and i - 1 not in places]
 
 
+def meanwhile(data: dict[str, Any]) -> list[str]:
+    """Lines that say what else the machine did; none where nothing is noted."""
+    note = data.get("note")
+    return ["", f"Meanwhile on the same machine: {note}."] if note else []
+
+
 def write_report(name: str, title: str, data: dict[str, Any], lines: list[str]) -> None:
-    """docs/benchmarks/NAME.json and NAME.md; `data` holds `machine`."""
+    """docs/benchmarks/NAME.json and NAME.md; `data` holds `machine`, and a `note` if any."""
     FOLDER.mkdir(parents=True, exist_ok=True)
     (FOLDER / f"{name}.json").write_text(json.dumps(data, indent=2) + "\n")
     where = data["machine"]
@@ -53,4 +59,5 @@ def write_report(name: str, title: str, data: dict[str, Any], lines: list[str]) 
         f"`{where['command']}` on {where['device']} ({where['cores']} cores, {where['system']}), "
         f"MLX {where['mlx']}, Python {where['python']}, {where['date']}."
     )
-    (FOLDER / f"{name}.md").write_text("\n".join([f"# {title}", "", *lines, "", foot, ""]))
+    lines = [f"# {title}", "", *lines, *meanwhile(data), "", foot, ""]
+    (FOLDER / f"{name}.md").write_text("\n".join(lines))

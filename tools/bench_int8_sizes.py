@@ -341,6 +341,7 @@ def draw_panel(axes: Axes, sizes: list[dict[str, Any]]) -> None:
 @click.option("--rounds", default=5, help="At most; one where it takes seconds.")
 @click.option("--seconds", default=300.0, help="Of the whole run; then rows are left out.")
 @click.option("--name", default="int8_sizes", help="Of the report.")
+@click.option("--note", default="", help="What else the machine did meanwhile, for the report.")
 @click.option("--dry-run", is_flag=True, help="Only print.")
 def main(
     models: tuple[str, ...],
@@ -349,6 +350,7 @@ def main(
     rounds: int,
     seconds: float,
     name: str,
+    note: str,
     dry_run: bool,
 ) -> None:
     """Time whole steps at all sizes."""
@@ -356,7 +358,7 @@ def main(
     for shape in models:
         config_named(shape)
     sizes, peaks = sizes_of(pixels or PIXELS, pictures or PICTURES), PEAKS.get(device_name())
-    data: dict[str, Any] = {"machine": machine(), "peaks": peaks, "models": {}}
+    data: dict[str, Any] = {"machine": machine(), "note": note, "peaks": peaks, "models": {}}
     for place, shape in enumerate(models):
         now = time.monotonic()
         end = now + (begun + seconds - now) / (len(models) - place)

@@ -113,8 +113,9 @@ def linears_of(model: Model, tokens: int) -> Callable[[], list[mx.array]]:
     return run
 
 
-def measured(model: Model, pixels: int, rounds: int, end: float) -> dict[str, Any]:
-    """All rows at one size, in turns."""
+def measured(model: Model, pixels: int, rounds: int, seconds: float) -> dict[str, Any]:
+    """All rows at one size, in turns; `seconds` are without the compiling of kernels."""
+    end = time.monotonic() + seconds
     model.draw_at(pixels)
     inputs = inputs_of(model, pixels)
     calls: dict[str, Callable[[], mx.array]] = {}
@@ -127,7 +128,10 @@ def measured(model: Model, pixels: int, rounds: int, end: float) -> dict[str, An
             continue
         pipeline = row.make()
         held, call = held_bytes(pipeline.transformer), step_of(pipeline, inputs)
-        if reason := refusal_of(lambda call=call: mx.eval(call())):
+        begun = time.monotonic()
+        reason = refusal_of(lambda call=call: mx.eval(call()))
+        end += time.monotonic() - begun
+        if reason is not None:
             found["left_out"][row.name] = reason
             continue
         begun = time.monotonic()
@@ -202,10 +206,8 @@ def blocks_of(model: Model, tokens: int) -> dict[str, Any]:
 def worker(name: str, pixels: tuple[int, ...], rounds: int, seconds: float) -> dict[str, Any]:
     model, sizes = model_of(name), {}
     cuda_int8.usable()  # its self-test is no part of measuring
-    end = time.monotonic() + seconds
-    for i, size in enumerate(pixels):
-        share = time.monotonic() + (end - time.monotonic()) / (len(pixels) - i)
-        sizes[str(size)] = measured(model, size, rounds, share)
+    for size in pixels:
+        sizes[str(size)] = measured(model, size, rounds, seconds / len(pixels))
         gc.collect()
         mx.clear_cache()
     described = {"dtype": str(model.exact.dtype), "kernel": cuda_int8.status(), "sizes": sizes}
@@ -289,6 +291,7 @@ def bound_of(pixels: int, size: dict[str, Any]) -> list[str]:
 @click.option("--rounds", default=7, help="How often every step is measured.")
 @click.option("--seconds", default=80.0, help="Of measuring in each process; then rows are left.")
 @click.option("--name", default="int8_step", help="Of the report.")
+@click.option("--note", default="", help="What else the machine did meanwhile, for the report.")
 @click.option("--dry-run", is_flag=True, help="Only print.")
 @click.option("--worker", "result", help="Measure in this process and write to that file.")
 def main(
@@ -297,6 +300,7 @@ def main(
     rounds: int,
     seconds: float,
     name: str,
+    note: str,
     dry_run: bool,
     result: str | None,
 ) -> None:
@@ -305,7 +309,8 @@ def main(
     if result is not None:
         Path(result).write_text(json.dumps(worker(model, pixels, rounds, seconds)))
         return
-    begun, data = time.perf_counter(), {"machine": machine(), "model": model, "ways": {}}
+    begun = time.perf_counter()
+    data = {"machine": machine(), "note": note, "model": model, "ways": {}}
     arguments = [f"--model={model}", f"--rounds={rounds}", f"--seconds={seconds}"]
     arguments += [f"--pixels={size}" for size in pixels]
     for way, environment in ways().items():

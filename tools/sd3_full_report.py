@@ -8,6 +8,8 @@ from typing import Any
 
 from src.models.load import SD3
 
+from tools.bench_common import meanwhile
+
 NAME = "sd3_full"
 COPIES = 1.5  # of the 16-bit transformer: less than this is not two
 JUDGED_BYTES = 10**9  # below this, Python itself outweighs the model
@@ -60,11 +62,11 @@ def section(data: dict[str, Any]) -> list[str]:
     if planted := data.get("planted"):
         found = f"{planted['smoothed']} of {planted['inputs']}"
         lines += ["", f"Inputs with planted outlier channels that were smoothed: {found}."]
-    lines += ["", verdict(data)]
-    if note := data.get("note"):
-        lines += ["", f"Meanwhile on the same machine: {note}."]
     return [
         *lines,
+        "",
+        verdict(data),
+        *meanwhile(data),
         "",
         f"`{where['command']}` on {where['device']} ({where['cores']} cores, {where['system']}), "
         f"MLX {where['mlx']}, Python {where['python']}, {where['date']}.",
