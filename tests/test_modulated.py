@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -181,6 +182,17 @@ def test_sixteen_bit_weights_see_the_same_input():
         for sigma, x in zip(SIGMAS, walk(2, len(SIGMAS)), strict=True):
             step.set_sigma(sigma)
             assert relative_error(wrapper(x), linear()(x)) < 1e-5
+
+
+def test_sixteen_bit_weights_are_computed_before_a_step_is_traced():
+    """They are no part of the model's tree, and a compiled step would compute them anew."""
+    exact, graph = linear(), io.StringIO()
+    exact.weight = mx.sinh(exact.weight)
+    wrapper = ModulatedLinear(linear(), Dynamic(8, "tensor"), exact=exact)
+    wrapper.switch(weights=False)
+    wrapper.reset_cache()
+    mx.export_to_dot(graph, wrapper(mx.zeros((1, 5, 32))))
+    assert "Divide" in graph.getvalue() and "Sinh" not in graph.getvalue()
 
 
 def test_errors_do_not_add_up():

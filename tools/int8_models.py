@@ -175,7 +175,7 @@ def step_of(pipeline: Pipeline, inputs: Inputs) -> Callable[[], mx.array]:
 
 def held_bytes(transformer: MMDiT, left_out: Collection[str] = ()) -> int:
     """Of all arrays that the transformer holds, also those that a kernel has made, but for those of
-    these names. Before the first step: a compiled one leaves every place an object of its own."""
+    these names."""
     arrays = {id(a): a for name, a in arrays_of(transformer) if name not in left_out}
     return sum(array.nbytes for array in arrays.values())
 

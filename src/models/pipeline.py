@@ -108,7 +108,7 @@ class Pipeline:
         compiled: bool | None = None,
     ) -> Callable[[mx.array, mx.array], mx.array]:
         """The guided velocity of (latent, sigma) under one conditioning, of one picture or batch,
-        and of the transformer as it is now.
+        and of weights that stay as they are while it is used.
 
         It is compiled unless it runs on the CPU, where that starts a C++ compiler for little gain;
         `compiled` says otherwise. Where modulation is computed ahead, it is so for `sigmas`, and

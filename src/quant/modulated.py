@@ -152,6 +152,8 @@ class Modulated(nn.Module):
     ) -> None:
         """What is quantized from now on: the weights, the input, or only the input's change."""
         self.check_switch(weights=weights, activations=activations, modulate=modulate)
+        if not weights:
+            mx.eval(self._exact.layer.parameters())  # no child, so nobody else computes them
         self._parts: Affine = self._quantized if weights else self._exact
         self._modulates = self.would_modulate(activations, modulate)
         quantizer = self._residuals if self._modulates else self._values if activations else None
