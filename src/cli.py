@@ -53,7 +53,9 @@ class OneLineErrors:
                 raise
             fail(error)
         except (KeyboardInterrupt, click.Abort):
-            click.echo("stopped; the same command goes on from what is finished", err=True)
+            click.echo(
+                "stopped; what is finished is kept, the same command does the rest", err=True
+            )
             sys.exit(130)
         sys.exit(code if isinstance(code, int) else 0)
 

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from .cli import command, peak_memory_bytes
 from .conversion.format import BLOCK_SIZE, BLOCK_SIZES, BLOCKWISE, SCHEMES, Scheme
 from .conversion.layers import MIN_FEATURES, Selection
-from .conversion.plan import Plan, described, make_plan, summary
+from .conversion.plan import Plan, described, make_plan, require_layers, summary
 from .conversion.reading import Source, open_source
 from .conversion.verify import verify as compare
 from .conversion.work import convert
@@ -48,7 +48,10 @@ def convert_to_int8(
     with open_source(input_checkpoint, checkpoint_key) as source:
         plan = make_plan(source, selection)
         if dry_run:
-            click.echo("\n".join([*described(plan), *summary(plan)]))
+            click.echo("\n".join(described(plan)))
+        require_layers(plan, source, selection)
+        if dry_run:
+            click.echo("\n".join(summary(plan)))
             return plan
         output = checked_output(output_checkpoint, source, plan, force)
         if not quiet:

@@ -331,6 +331,16 @@ def test_every_container_gives_the_same_bytes(tmp_path, save):
     assert (tmp_path / "a8.safetensors").read_bytes() == (tmp_path / "b8.safetensors").read_bytes()
 
 
+def test_an_npz_in_bfloat16_gives_the_same_bytes(tmp_path):
+    """MLX writes it as two bytes without a meaning, since npy has no name for it."""
+    save_tensors(tmp_path / "a.safetensors", model())
+    mx.savez(str(tmp_path / "b.npz"), **model())
+    for name in ("a.safetensors", "b.npz"):
+        output = tmp_path / f"{name[0]}8.safetensors"
+        convert_to_int8(tmp_path / name, output, verify=True, quiet=True, **SMALL)
+    assert (tmp_path / "a8.safetensors").read_bytes() == (tmp_path / "b8.safetensors").read_bytes()
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("old_format", [False, True])
 def test_files_of_pytorch(tmp_path, dtype, old_format):
@@ -440,6 +450,15 @@ def test_a_dry_run_lists_every_layer_and_writes_nothing(tmp_path):
     ]
     assert "Found 1 layers to convert to INT8" in lines and "Keeping 2 layers" in lines
     assert [path.name for path in tmp_path.iterdir()] == ["in.safetensors"]
+
+
+def test_a_dry_run_lists_every_layer_where_none_would_be_converted(tmp_path):
+    source = tmp_path / "in.safetensors"
+    save_tensors(source, model())
+    result = run_here(STAGE, "--input", str(source), "--dry-run", "--min_features", "1000")
+    assert f"keep     {Q}  96x256 bfloat16  under 1000 features" in result.stdout.splitlines()
+    assert result.returncode == 1 and result.stderr.startswith("error: ")
+    assert "no layer to convert" in result.stderr
 
 
 def test_keywords_come_with_commas_or_one_by_one(tmp_path):

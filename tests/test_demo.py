@@ -65,7 +65,7 @@ def test_ctrl_c_during_the_tracks_leaves_nothing_behind_and_is_gone_on_from(tmp_
     process.send_signal(signal.SIGINT)  # to the demo alone: its tracks hear of it from there
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "stopped; the same command goes on" in errors.splitlines()[-1]
+    assert "stopped; what is finished is kept" in errors.splitlines()[-1]
     with pytest.raises(ProcessLookupError):
         os.killpg(process.pid, 0)  # nobody of its session is left
     result = run("src.demo", *SMALL, cwd=tmp_path)

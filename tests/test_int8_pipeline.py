@@ -112,6 +112,22 @@ def test_a_converted_file_is_announced(tmp_path, converted):
         "src.generate", "--model", folder, "--steps", "1", "--prompt", PROMPT, cwd=tmp_path
     )
     assert "loading pre-quantized INT8 checkpoint" in result.stdout, result.stderr
+    short = (
+        "--num-steps",
+        "1",
+        "--repeats",
+        "1",
+        "--warm-up",
+        "0",
+        "--kernel",
+        "unpack",
+        "--force",
+    )
+    given = ("--model", "nano", "--int8_checkpoint", str(converted))
+    result = run_here("src.benchmark", *given, *short, cwd=tmp_path)
+    assert "loading pre-quantized INT8 checkpoint" in result.stdout, result.stderr
+    result = run_here("src.benchmark", "--model", folder, *short, cwd=tmp_path)
+    assert_one_error_line(result, "transformer.safetensors is INT8", "--int8_checkpoint")
 
 
 def test_kernels_by_name_give_the_same_on_a_cpu(latent):

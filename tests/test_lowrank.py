@@ -14,6 +14,7 @@ from src.quant.grid import output_error
 from src.quant.int8_operators import INT8Quantizer
 from src.quant.linear import QuantizedLinear, Runtime
 from src.quant.lowrank import (
+    BRANCH_BYTES,
     WEIGHTINGS,
     ALRDLinearINT8,
     alrd_bytes,
@@ -148,6 +149,9 @@ def test_the_layer_adds_its_branch_to_its_codes(smoothing):
         run = Runtime(Step(Schedule((1.0,))), "token")
         layer = branched_linear(linear, hessian, rank, grid=grid, runtime=run)
         assert isinstance(layer, QuantizedLinear) and ("low_rank_up" in layer) == bool(rank)
+        if rank:  # held and saved in the bytes that are counted for it
+            held = layer.low_rank_down.nbytes + layer.low_rank_up.nbytes
+            assert held == BRANCH_BYTES * rank * (ROWS + COLUMNS)
         errors.append(relative_error(layer(mx.array(x)), wanted))
     assert errors[0] > errors[1] > errors[2] and errors[2] < 0.06
 

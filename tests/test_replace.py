@@ -270,6 +270,13 @@ def test_json_and_yaml_say_the_same(tmp_path):
         assert QuantizationBlock.read(nothing) == QuantizationBlock()
 
 
+def test_a_file_without_the_block_is_refused(tmp_path):
+    """Or settings that stand one level too high would be left out in silence."""
+    (tmp_path / "a.json").write_text('{"enabled": true}')
+    with pytest.raises(UserError, match="a.json has no table 'quantization', only enabled; put"):
+        QuantizationBlock.read(tmp_path / "a.json")
+
+
 def test_yaml_without_its_package_names_the_way_out(tmp_path, monkeypatch):
     (tmp_path / "a.yaml").write_text(YAML)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)

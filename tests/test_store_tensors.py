@@ -210,6 +210,15 @@ def test_bad_headers_are_named(tmp_path, content, message):
     assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("dtype", ["F64", "F8_E4M3"])
+def test_a_sound_file_in_a_dtype_that_is_not_read_is_not_called_damaged(tmp_path, dtype):
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(raw_file({"a": entry(dtype)}))
+    with pytest.raises(UserError, match=f"has dtype '{dtype}'; valid .*; get the model in 16") as e:
+        read_header(path)
+    assert "damaged" not in str(e.value)
+
+
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [({"a": np.zeros(1)}, "dtype float64; valid"), ({"__metadata__": mx.zeros(1)}, "no tensor")],

@@ -33,7 +33,7 @@ import click
 from tools import sd3_full_report
 from tools.bench_common import FOLDER, environment, machine
 from tools.bench_sd3_activations import outlier_paths
-from tools.sd3_full_stages import CHECKPOINT, CONFIG, CONVERTED, Settings, Stage, stages
+from tools.sd3_full_stages import CHECKPOINT, CONFIG, Settings, Stage, stages
 from tools.sd3_full_weights import Shapes
 
 OWN = "sd3_full"  # folder in --work, where names may be those of the user's own artifacts
@@ -113,8 +113,6 @@ class Bench:
             tensors = read_header(file)[0].items()
             own = (info.nbytes for name, info in tensors if name.startswith(TRANSFORMER))
             self.data["transformer_bytes"] = sum(own)
-        if stage.output == CONVERTED:
-            (self.work / CONVERTED).unlink(missing_ok=True)  # the disk is needed
         if stage.module == "src.analyze_activations" and (self.work / CONFIG).is_file():
             layers = QuantConfig.load(self.work / CONFIG).layers
             planted = set(outlier_paths(Shapes.of(self.settings.model, self.tiny).transformer))

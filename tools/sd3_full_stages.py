@@ -134,13 +134,14 @@ def tracks(settings: Settings, t5: tuple[str, ...]) -> list[Stage]:
 
 
 def pictures(settings: Settings, t5: tuple[str, ...], pixels: int) -> Iterator[Stage]:
-    """One picture each of the 16-bit model and of the saved one."""
-    saved = ("--model", SAVED)
+    """One picture each of the 16-bit model, of the converted one and of the saved one."""
+    saved, sixteen = ("--model", SAVED), (*from_checkpoint(), *t5)
     asked = ("--prompt", PROMPT, "--steps", str(settings.steps), *sized(pixels))
     for name, model, precision in (
         ("generate, W4A8 --low-memory", (*saved, "--low-memory"), W4A8),
         ("generate, W4A8", saved, None),
-        ("generate, 16 bit", (*from_checkpoint(), *t5), SIXTEEN),
+        ("generate, INT8", (*sixteen, "--int8_checkpoint", CONVERTED), None),
+        ("generate, 16 bit", sixteen, SIXTEEN),
     ):
         yield Stage(name, "src.generate", (*model, *asked), None, pixels, precision=precision)
 

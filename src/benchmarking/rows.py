@@ -144,7 +144,6 @@ class Maker:
             self.subject.exact.dtype,
             kernel=None if spec.kernel == AUTO else spec.kernel,
             int8=self.wanted.int8,
-            tell=lambda line: None,
         )
         pipeline.resize(self.job.height, self.job.width)
         mx.eval(pipeline.transformer.parameters())

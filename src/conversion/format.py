@@ -17,10 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import UserError
+from ..models.checkpoints import CODES_SCALE
 
 METADATA_KEY = "ditq"
 FORMAT, VERSION = "ditq-int8", 1
-WEIGHT, SCALE = ".weight", ".weight_scale"
+WEIGHT, SCALE = ".weight", CODES_SCALE
 BLOCKWISE, PER_CHANNEL = "blockwise", "per-channel"
 SCHEMES = (BLOCKWISE, PER_CHANNEL)
 BLOCK_SIZES = (32, 64, 128)

@@ -58,7 +58,7 @@ class Plan:
 
 
 def make_plan(source: Source, selection: Selection) -> Plan:
-    """Raises where the source is quantized already or nothing in it would be converted."""
+    """Raises where the source is quantized already."""
     selection.check()
     _check_not_quantized(source)
     converted, kept = [], {}
@@ -71,11 +71,15 @@ def make_plan(source: Source, selection: Selection) -> Plan:
             converted.append(path)
         else:
             kept[path] = reason
-    if not converted:
-        raise _nothing_found(source, selection, kept)
     metadata = {**source.metadata, METADATA_KEY: selection.scheme.metadata()}
     metadata.setdefault("format", "mlx")
     return Plan(selection.scheme, source.tensors, tuple(converted), kept, metadata)
+
+
+def require_layers(plan: Plan, source: Source, selection: Selection) -> None:
+    """Raises where nothing in the source would be converted."""
+    if not plan.converted:
+        raise _nothing_found(source, selection, plan.kept)
 
 
 def described(plan: Plan) -> list[str]:

@@ -24,6 +24,7 @@ from .paths import BLOCKS
 
 IMAGE, TEXT = "image_transformer_block", "text_transformer_block"
 STEMS = ("diffusion_pytorch_model", "model")  # diffusers' and everybody else's
+CODES_SCALE = ".weight_scale"  # ends the name of what stands beside a layer's INT8 codes
 HEAD_DIM = 64  # of every published SD3; only a QK norm tells it otherwise
 POSITIONS = "x_pos_embedder.pos_embed.weight"
 PATCHES = "x_embedder.proj.weight"
@@ -237,6 +238,11 @@ def infer_config(weights: dict[str, mx.array], path: Path) -> MMDiTConfig:
 
 def fill(model: nn.Module, weights: dict[str, mx.array], path: str | Path) -> None:
     """Loads every tensor; one that is missing, unknown or of another shape is an error."""
+    if any(name.endswith(CODES_SCALE) for name in weights):
+        raise UserError(
+            f"{path} is INT8; `ditq generate` and `ditq evaluate` draw with it, all else needs the "
+            "16-bit model: give that, and to `ditq benchmark` this file as --int8_checkpoint"
+        )
     found = {name: (str(w.dtype), w.shape) for name, w in weights.items()}
     wanted = {name: (None, w.shape) for name, w in tree_flatten(model.parameters())}
     check_expected(path, found, wanted, allow_extra=False)

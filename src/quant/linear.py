@@ -78,7 +78,7 @@ class QuantizedLinear(Fused, nn.Module):
         """`bias` is b_t: (steps, rows), or (1, rows) where no step changes it.
 
         `low_rank` are (rank, columns) and (rows, rank) matrices whose product is added to the
-        codes' weight; `dtype` is what the 16-bit model computes in.
+        codes' weight, kept as they are; `dtype` is what the 16-bit model computes in.
         """
         super().__init__()
         self.bits = weight.bits
@@ -88,7 +88,7 @@ class QuantizedLinear(Fused, nn.Module):
         if smoothing is not None:
             self.smoothing = smoothing.astype(mx.float32)
         if low_rank is not None:
-            self.low_rank_down, self.low_rank_up = (part.astype(mx.float32) for part in low_rank)
+            self.low_rank_down, self.low_rank_up = low_rank
         if grid is not None:
             self.a_scale = mx.array(np.asarray(grid.scale, dtype=np.float32))
             self.a_bits = mx.array(np.asarray(grid.bits, dtype=np.int32))
@@ -115,7 +115,8 @@ class QuantizedLinear(Fused, nn.Module):
         if smoothing is not None:
             weight = weight * smoothing
         if low_rank is not None:
-            weight = weight - low_rank[1] @ low_rank[0]
+            down, up = (part.astype(mx.float32) for part in low_rank)
+            weight = weight - up @ down
         scale = absmax_scale(weight, bits, group_size)
         packed = pack_codes(nearest_codes(weight, scale, bits), bits)
         return cls(

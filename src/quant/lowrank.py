@@ -160,12 +160,13 @@ def branched_linear(
     weight = linear.weight.astype(mx.float32)
     weight = weight if smoothing is None else weight * smoothing
     found = round_residual(weight, hessian, rank, bits=bits, group_size=group_size, **fitting)
+    branch = None if found.branch is None else tuple(p.astype(mx.float16) for p in found.branch)
     return QuantizedLinear(
         Weight(pack_codes(found.codes, bits), found.scale, bits),
         bias=step_bias(linear, linear.get("bias"), grid),
         grid=grid,
         smoothing=smoothing,
-        low_rank=found.branch,
+        low_rank=branch,
         dtype=linear.weight.dtype,
         runtime=runtime,
     )

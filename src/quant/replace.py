@@ -170,9 +170,15 @@ class QuantizationBlock:
 
     @classmethod
     def read(cls, source: str | Path | Mapping[str, Any] | None) -> QuantizationBlock:
-        """From a JSON or YAML file, or from what such a file holds; no block is one that is off."""
+        """From a JSON or YAML file, which must have one, or from what such a file holds, where no
+        block is one that is off."""
         where = "the configuration" if isinstance(source, Mapping) else str(source)
         held = read_config(source) if isinstance(source, (str, Path)) else source or {}
+        if isinstance(source, (str, Path)) and BLOCK_NAME not in held:
+            has = ", ".join(map(str, held)) or "nothing"
+            raise UserError(
+                f"{where} has no table {BLOCK_NAME!r}, only {has}; put the settings there"
+            )
         block = held.get(BLOCK_NAME)
         block = {} if block is None else block
         if not isinstance(block, Mapping):

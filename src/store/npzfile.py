@@ -23,6 +23,7 @@ from .files import damaged, one_line, open_for_reading, shown
 MAX_NPZ_BYTES = 4 * 2**30
 _MEMBER = re.compile(r"(?!.*\.\.)[A-Za-z0-9_][A-Za-z0-9_.\-]*\.npy")
 _DTYPE = re.compile(r"[<>|=]?(b1|[iu][1248]|f[248])")
+_BFLOAT = re.compile(r"[<|]?V2")  # how MLX and NumPy write bfloat16, which npy has no name for
 _MAX_HEADER_BYTES = 65536
 _MAX_DIMENSIONS = 32
 _CHUNK_BYTES = 2**20
@@ -79,7 +80,10 @@ def load_npz(
 
 
 class NpzReader:
-    """An open npz file of which arrays are read one at a time, whatever it holds in all."""
+    """An open npz file of which arrays are read one at a time, whatever it holds in all.
+
+    Two bytes without a meaning are bfloat16; NumPy has it not, so they are read as void.
+    """
 
     def __init__(self, path: str | Path, archive: zipfile.ZipFile, size: int) -> None:
         self._path, self._archive = path, archive
@@ -89,12 +93,12 @@ class NpzReader:
 
     def read(self, name: str) -> np.ndarray:
         with self._sound():
-            return _read_member(self._archive, self._members[name])
+            return _read_member(self._archive, self._members[name], bfloat=True)
 
     def _look(self, info: zipfile.ZipInfo) -> tuple[str, tuple[int, ...]]:
         with self._archive.open(info) as member:
-            dtype, _, shape, _ = _read_array_header(member, info.filename)
-        return dtype.name, shape
+            dtype, _, shape, _ = _read_array_header(member, info.filename, bfloat=True)
+        return "bfloat16" if dtype.kind == "V" else dtype.name, shape
 
     @contextmanager
     def _sound(self) -> Iterator[None]:
@@ -170,9 +174,12 @@ def _checked_members(
     return members
 
 
-def _read_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
+def _read_member(
+    archive: zipfile.ZipFile, info: zipfile.ZipInfo, bfloat: bool = False
+) -> np.ndarray:
     with archive.open(info) as member:
-        dtype, fortran_order, shape, header_bytes = _read_array_header(member, info.filename)
+        header = _read_array_header(member, info.filename, bfloat)
+        dtype, fortran_order, shape, header_bytes = header
         nbytes = math.prod(shape) * dtype.itemsize
         if header_bytes + nbytes != info.file_size:
             raise ValueError(
@@ -191,7 +198,9 @@ def _read_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
     return array.astype(dtype.newbyteorder("="), copy=False)
 
 
-def _read_array_header(member: IO[bytes], name: str) -> tuple[np.dtype, bool, tuple[int, ...], int]:
+def _read_array_header(
+    member: IO[bytes], name: str, bfloat: bool = False
+) -> tuple[np.dtype, bool, tuple[int, ...], int]:
     """The dtype, order and shape of an npy member, and the length of its header in bytes."""
     magic = _exactly(member, 8, name)
     if magic[:6] != b"\x93NUMPY" or magic[6:] not in (b"\1\0", b"\2\0", b"\3\0"):
@@ -201,11 +210,13 @@ def _read_array_header(member: IO[bytes], name: str) -> tuple[np.dtype, bool, tu
     if length > _MAX_HEADER_BYTES:
         raise ValueError(f"{name} has a header of {length} bytes")
     text = _exactly(member, length, name).decode("latin-1")
-    dtype, fortran_order, shape = _parse_array_header(text, name)
+    dtype, fortran_order, shape = _parse_array_header(text, name, bfloat)
     return dtype, fortran_order, shape, 8 + width + length
 
 
-def _parse_array_header(text: str, name: str) -> tuple[np.dtype, bool, tuple[int, ...]]:
+def _parse_array_header(
+    text: str, name: str, bfloat: bool
+) -> tuple[np.dtype, bool, tuple[int, ...]]:
     try:
         # No escape belongs into a header, and Python would warn about the wrong ones.
         header = {} if "\\" in text else ast.literal_eval(text.strip())
@@ -214,7 +225,10 @@ def _parse_array_header(text: str, name: str) -> tuple[np.dtype, bool, tuple[int
     if not isinstance(header, dict) or set(header) != {"descr", "fortran_order", "shape"}:
         raise ValueError(f"{name} has no sound npy header")
     descr, fortran_order, shape = header["descr"], header["fortran_order"], header["shape"]
-    if not isinstance(descr, str) or not _DTYPE.fullmatch(descr):
+    known = isinstance(descr, str) and (
+        _DTYPE.fullmatch(descr) or (bfloat and _BFLOAT.fullmatch(descr))
+    )
+    if not known:
         raise ValueError(
             f"{name} has dtype {shown(descr)}; only bool, integers and floats are read, "
             "never Python objects"

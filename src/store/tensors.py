@@ -39,6 +39,8 @@ _DTYPES = {
     "I64": ("int64", 8),
     "C64": ("complex64", 8),
 }
+# Of the format too, but not of MLX.
+_UNREAD = ("F64", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F6_E2M3", "F6_E3M2", "F4")
 _CODES = {name: (code, itemsize) for code, (name, itemsize) in _DTYPES.items()}
 
 
@@ -68,8 +70,11 @@ def read_header(path: str | Path, hint: str = "") -> tuple[dict[str, TensorInfo]
         if not isinstance(header, dict) or raw[:1] != b"{":
             raise ValueError("it is not an object")
         metadata = _checked_metadata(header.pop("__metadata__", None))
+        _refuse_unread(path, header)
         spans = {name: _parse_entry(name, entry) for name, entry in header.items()}
         _check_cover(spans, size - 8 - length)
+    except UserError:
+        raise
     except (ValueError, RecursionError, MemoryError) as error:
         raise damaged(path, f"its header is not sound ({one_line(error)})") from error
     data = 8 + length
@@ -231,6 +236,17 @@ def _checked_metadata(metadata: Any) -> dict[str, str]:
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise ValueError("its metadata is not a table of strings")
     return metadata
+
+
+def _refuse_unread(path: str | Path, header: Mapping[str, Any]) -> None:
+    """Raises for a dtype that is sound and not read."""
+    for name, entry in header.items():
+        dtype = entry.get("dtype") if isinstance(entry, dict) else None
+        if dtype in _UNREAD:
+            raise UserError(
+                f"{path}: tensor {shown(name)} has dtype {dtype!r}; valid are "
+                f"{', '.join(_DTYPES)}; get the model in 16 bits, or save the tensor as F32"
+            )
 
 
 def _parse_entry(name: str, entry: Any) -> tuple[TensorInfo, tuple[int, int]]:
