@@ -14,9 +14,9 @@ from .backends.tuning import CHOICES, Point, default_path, described
 from .backends.weight import PACKED_COLUMNS
 from .benchmarking.kernels import available
 from .benchmarking.tuning import lines_of, measured
-from .cli import command
+from .cli import command, memory_bytes
 from .errors import UserError
-from .store import require_writable, write_json
+from .store import human_bytes, require_writable, write_json
 
 # SD3-medium's, the smallest that every kernel takes, and nano's; the most wanted first.
 SHAPES = ((1536, 1536), (6144, 1536), (1536, 6144), (256, 256), (192, 192))
@@ -61,6 +61,13 @@ def check(
     for option, least in (("--rows", min(rows)), ("--rounds", rounds)):
         if least < 1:
             raise UserError(f"{option} {least} is not possible; valid: 1 or more")
+    for N, K in shapes:
+        needed = 4 * (3 * N * K + 2 * max(rows) * (N + K))  # a layer made, its input and output
+        if needed > (there := memory_bytes()):
+            raise UserError(
+                f"{N}x{K} with {max(rows)} rows takes about {human_bytes(needed)}, this machine "
+                f"has {human_bytes(there)}; give smaller ones by --shape and --rows"
+            )
     if not seconds > 0:
         raise UserError(f"--seconds {seconds:g} is not possible; valid: above 0")
 

@@ -54,6 +54,29 @@ def test_sums_are_exact(backend, bits, bits_a, seed, rows, outputs, columns):
     np.testing.assert_array_equal(got, (x @ codes.T.astype(np.int64)).astype(np.float32))
 
 
+def test_two_thousand_random_shapes_are_exact():
+    """Any number of rows and outputs, none of both too, and what precedes the rows."""
+    rng, names = np.random.default_rng(11), [*EXACT, "quantized_matmul"]
+    for number in range(2000):
+        backend, bits = names[number % len(names)], int(rng.choice([4, 6, 8]))
+        outputs, columns = int(rng.integers(1, 80)), 32 * int(rng.integers(1, 14))
+        before = tuple(rng.integers(0, 9, rng.integers(1, 3)))
+        codes = random_codes(number, (outputs, columns), bits)
+        x = random_inputs(number, (*before, columns), int(rng.choice([4, 6, 8])))
+        got = product(backend, codes, np.ones((outputs, 1)), bits, x, 1.0)
+        wanted = (x @ codes.T.astype(np.int64)).astype(np.float32)
+        np.testing.assert_array_equal(got, wanted, err_msg=f"{backend}, {bits} bits, {x.shape}")
+
+
+@pytest.mark.parametrize("backend", EXACT)
+@pytest.mark.parametrize("columns", [132064, 132128])
+def test_sums_of_very_many_columns_are_exact_beyond_32_bits_too(backend, columns):
+    codes, x = np.full((2, columns), -128, np.int8), np.full((1, columns), 127)
+    got = product(backend, codes, np.ones((2, 1)), 8, x, 1.0)
+    wanted = x.astype(np.int64) @ codes.T.astype(np.int64)
+    np.testing.assert_array_equal(got, wanted.astype(np.float32))
+
+
 @pytest.mark.parametrize("backend", EXACT)
 @pytest.mark.parametrize("bits, columns", [(4, 6144), (6, 6144), (8, 1024), (8, 1056), (8, 6144)])
 def test_sums_are_exact_at_their_very_largest(backend, bits, columns):

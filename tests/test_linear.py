@@ -8,6 +8,7 @@ from src.backends import BACKENDS, named
 from src.errors import UserError
 from src.quant.artifacts import LayerConfig, RoundedLayer
 from src.quant.grid import activation_limit, code_range
+from src.quant.int8 import INT8Linear
 from src.quant.linear import QuantizedLinear, Runtime
 from src.quant.schedule import Schedule, Step
 
@@ -290,6 +291,21 @@ def test_a_cast_of_the_model_leaves_the_layer_alone():
     assert model.layers[0].weight.dtype == mx.float16
     assert {k: v.dtype for k, v in layer.parameters().items()} == kinds
     np.testing.assert_array_equal(np.array(layer(x)), before)
+
+
+@pytest.mark.parametrize("kernel", ["reference", "dense", "unpack", "quantized_matmul"])
+def test_an_input_that_does_not_fit_is_refused_by_every_kernel(kernel):
+    """A kernel would read the codes as other ones, or round its output to whole numbers."""
+    runtime = Runtime(Step(Schedule(SIGMAS)), backend=named(kernel))
+    layer = QuantizedLinear.from_linear(linear_of(), grid=grid_of(), runtime=runtime)
+    for shape in ((3, COLUMNS // 2), (2, 3, COLUMNS + 32), (0, COLUMNS // 2)):
+        with pytest.raises(UserError, match=f"input of {shape[-1]} channels meets a weight"):
+            layer(mx.zeros(shape))
+    for dtype in (mx.int32, mx.uint8, mx.bool_, mx.complex64):
+        with pytest.raises(UserError, match="valid: floats"):
+            layer(mx.ones((3, COLUMNS), dtype=dtype))
+        with pytest.raises(UserError, match="valid: floats"):
+            INT8Linear.from_linear(linear_of())(mx.ones((3, COLUMNS), dtype=dtype))
 
 
 def test_layers_are_frozen_and_say_what_they_are():

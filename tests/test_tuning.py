@@ -267,6 +267,7 @@ def home_at(folder) -> dict[str, str]:
         (["--shape", "64x100"], "a multiple of 32"),
         (["--shape", "0x64"], "--shape 0x64"),
         (["--rows", "0"], "--rows 0 is not possible; valid: 1 or more"),
+        (["--shape", "64x64", "--rows", "99999999999"], "TB, this machine has"),
         (["--rounds", "-1"], "--rounds -1"),
         (["--seconds", "nan"], "--seconds nan"),
         (["--seconds", "0"], "--seconds 0"),

@@ -215,7 +215,8 @@ def norms(rows: int) -> dict[str, Call]:
 
 
 def gated_sums(rows: int) -> dict[str, Call]:
-    """Ways of a product of codes, its gate and the residual; in fp16 one of floats."""
+    """Ways of a product of codes, its gate and the residual; in fp16 one of floats, and in one way
+    the codes are made of floats too."""
     shape = (2, rows // 2, HIDDEN)
     x, residual = (
         [mx.random.normal(shape).astype(mx.float16) for _ in range(SETS)] for _ in range(2)
@@ -233,14 +234,16 @@ def gated_sums(rows: int) -> dict[str, Call]:
     def apart(i: int, y: mx.array) -> mx.array:
         return added(residual[i % SETS], y, gates[i % SETS])
 
+    def joined(i: int, found: kernels.Codes) -> mx.array:
+        return backend.product_added(found, operands[i % SETS], residual[i % SETS], gates[i % SETS])
+
     return {
         FP16: lambda i: apart(i, mx.addmm(bias, x[i % SETS], w[i % SETS].T)),
         "int8, added afterwards": lambda i: apart(
             i, backend.product(codes[i % SETS], operands[i % SETS], mx.float16)
         ),
-        INT8: lambda i: backend.product_added(
-            codes[i % SETS], operands[i % SETS], residual[i % SETS], gates[i % SETS]
-        ),
+        INT8: lambda i: joined(i, codes[i % SETS]),
+        "int8, with its quantization": lambda i: joined(i, backend.quantize(x[i % SETS], grid)),
     }
 
 

@@ -68,6 +68,8 @@ STYLES = {  # colour and line of the plot
     MLX4: ("#8d99ae", "-"),
     "W4A8, low memory": ("#33658a", "--"),
     "16 bits, low memory": ("#c8553d", "--"),
+    "W8A8, low memory": ("#4c9f70", "--"),
+    f"{MLX4}, low memory": ("#8d99ae", "--"),
 }
 
 
@@ -89,6 +91,8 @@ ROWS = (
     Row(MLX4, lambda model: model.in_mlx4()),
     Row("W4A8, low memory", lambda model: model.over(4, staying_packed()), low_memory=True),
     Row("16 bits, low memory", lambda model: with_layers(model.exact, {}), low_memory=True),
+    Row("W8A8, low memory", lambda model: model.over(8, staying_packed()), low_memory=True),
+    Row(f"{MLX4}, low memory", lambda model: model.in_mlx4(), low_memory=True),
 )
 
 
@@ -311,7 +315,7 @@ def plot_sizes(data: dict[str, Any], path: Path) -> None:
         grid[0][0].set_xlim(sides[0] - MARGIN, sides[-1] + MARGIN)
         for name, (colour, line) in STYLES.items():
             grid[0][0].plot([], [], line, color=colour, marker="o", markersize=3, label=name)
-        figure.legend(loc="outside lower center", ncols=len(STYLES), fontsize=8, frameon=False)
+        figure.legend(loc="outside lower center", ncols=4, fontsize=8, frameon=False)
         figure.suptitle(f"A guided step on {data['machine']['device']}", fontsize=10)
         save(figure, path)
 

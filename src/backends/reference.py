@@ -6,7 +6,9 @@ from typing import Any
 
 import mlx.core as mx
 
-from .weight import Weight, exact_columns, rescaled, unpack
+from .weight import EXACT_BELOW, Weight, exact_columns, rescaled, unpack
+
+INT32_PARTS = 2**31 // EXACT_BELOW - 1  # whose sums, up to EXACT_BELOW each, 32 bits can hold
 
 
 class Reference:
@@ -50,7 +52,8 @@ def summed(x: mx.array, parts: list[mx.array]) -> mx.array:
     if len(parts) == 1:
         return x @ parts[0]
     sums = part_sums(x, parts)
-    total = sum(part.astype(mx.int32) for part in sums).astype(mx.float32)
+    whole = mx.int32 if len(parts) <= INT32_PARTS else mx.int64
+    total = sum(part.astype(whole) for part in sums).astype(mx.float32)
     # An integer cannot be NaN, so a row that is not a number keeps its float total.
     rough = sum(sums)
     return mx.where(mx.isnan(rough), rough, total)

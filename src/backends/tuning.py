@@ -54,8 +54,8 @@ FEW_ROWS = 32  # below it, reading the weights takes longer than multiplying
 COMMON: Crossovers = ((1, "quantized_matmul"), (FEW_ROWS, USUAL))
 SMALL: Shape = (192, 192)
 LARGE: tuple[Shape, ...] = ((1536, 1536), (6144, 1536), (1536, 6144))
-# docs/benchmarks/tuning.json: by themselves some shapes gain from 128 rows on, others from 512. A
-# whole step of SD3 gains with its 308 tokens of text too: what surrounds them is spared.
+# A whole step of SD3 gains with its 308 tokens of text too, as what surrounds them is spared; by
+# themselves these shapes gained from 8 rows on (docs/benchmarks/tuning.json).
 HOPPERS: Table = {SMALL: COMMON} | dict.fromkeys(LARGE, (*COMMON, (256, "cuda_int8")))
 
 # From 512 rows on, whole tiles of integers are multiplied faster than floats.

@@ -32,7 +32,9 @@ MOST_CALLS = 50
 MOST_BYTES = 2**28  # of outputs that are there at once
 PROBE = 32  # rows at which it is seen how long more of them would take
 TOO_SLOW = 8  # times the fastest; such a kernel is left out where it would take long
-LONGEST = 4  # times the seconds of measuring, after which nothing more is begun or compiled
+# Times the seconds of measuring, after which nothing more is begun; more than 1 where kernels are
+# compiled.
+LONGEST = 4
 
 Call = Callable[[], list[mx.array]]
 Queue = Callable[[int], Call]  # of so many products, one after the other
@@ -42,14 +44,15 @@ Made = TypeVar("Made")
 
 @dataclass
 class Budget:
-    """Seconds that may be spent on measuring; what is compiled counts only towards LONGEST."""
+    """Seconds that may be spent on measuring; what is compiled counts only towards `longest`."""
 
     seconds: float
     spent: float = 0.0
     begun: float = field(default_factory=time.monotonic)
+    longest: float = field(default_factory=lambda: LONGEST if compiling_is_faster() else 1)
 
     def is_over(self) -> bool:
-        return max(self.spent, (time.monotonic() - self.begun) / LONGEST) > self.seconds
+        return max(self.spent, (time.monotonic() - self.begun) / self.longest) > self.seconds
 
     def counted(self, call: Callable[[], Made]) -> Made:
         start = time.monotonic()

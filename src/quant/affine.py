@@ -48,6 +48,7 @@ class QuantizedAffine:
         self.layer = layer
 
     def entered(self, x: mx.array) -> mx.array:
+        self.layer.check_input(x)
         return self.layer.centred(x).astype(mx.float32)
 
     def expect(self, largest: int | None) -> None:

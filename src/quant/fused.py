@@ -27,6 +27,7 @@ from ..backends.fusing import (
     is_per_entry,
 )
 from ..errors import UserError
+from .grid import check_floats
 from .schedule import Step
 
 
@@ -78,9 +79,9 @@ class Fused:
 
     def codes(self, x: mx.array) -> Any:
         """x̂ as the backend has it, also for other layers that `read_alike`."""
+        self.check_input(x)
         if not self._fuses:
             return self.plain_codes(x)
-        self.check_width(x)
         return self._backend.quantize(x, self.input_grid(x.ndim))
 
     def input_grid(self, ndim: int) -> InputGrid:
@@ -98,11 +99,13 @@ class Fused:
 
     def codes_of_modulated(self, x: mx.array, modulation: Modulation) -> Any:
         """`codes` of what the modulation makes of x."""
-        self.check_width(x)
+        self.check_input(x)
         return self._backend.quantize_modulated(x, modulation, self.input_grid(x.ndim))
 
-    def check_width(self, x: mx.array) -> None:
-        """Raises for other channels than the weight's, which a kernel would not notice."""
+    def check_input(self, x: mx.array) -> None:
+        """Raises for what is no float, and for other channels than the weight's, which most kernels
+        would not notice."""
+        check_floats(x)
         if x.shape[-1] != self.columns:
             raise UserError(f"an input of {x.shape[-1]} channels meets a weight of {self.columns}")
 

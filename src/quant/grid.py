@@ -22,6 +22,13 @@ def check_bits(bits: int, what: str = "bits") -> None:
         raise UserError(f"{what} must be 2 to 8, got {bits}")
 
 
+def check_floats(x: mx.array) -> None:
+    """Raises for whole numbers, which a layer would round its output to."""
+    if not mx.issubdtype(x.dtype, mx.floating):
+        dtype = str(x.dtype).removeprefix("mlx.core.")
+        raise UserError(f"an input of {dtype} meets a quantized layer; valid: floats")
+
+
 def code_range(bits: int) -> tuple[int, int]:
     """Smallest and largest code of a weight."""
     return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1

@@ -18,7 +18,7 @@ from ..backends import BACKENDS, Backend, Device, integer_kernel, named, select_
 from ..backends.fusing import Fusing, InputGrid
 from ..backends.weight import PACKED_COLUMNS
 from ..errors import UserError
-from .grid import SMALLEST_SCALE, activation_limit, dequantize
+from .grid import SMALLEST_SCALE, activation_limit, check_floats, dequantize
 from .packing import MLX_GROUP_SIZES
 
 BITS = 8
@@ -117,6 +117,7 @@ class INT8LinearFunction:
         Sums of code times code are exact on a CPU, and with `fallback` everywhere; products in 16
         bits agree with them to 16-bit rounding.
         """
+        check_floats(x)
         if x.ndim == 1:
             return INT8LinearFunction.apply(x[None], w_int8, w_scale, bias, backend)[0]
         if x.size == 0:

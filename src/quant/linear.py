@@ -259,6 +259,7 @@ class QuantizedLinear(Fused, nn.Module):
         if x.ndim == 1:
             return self(x[None])[0]
         if x.size == 0:
+            self.check_input(x)
             return mx.zeros((*x.shape[:-1], len(self.weight)), dtype=x.dtype)
         return self.of_codes(x, self.codes(x))
 
