@@ -55,6 +55,7 @@ def generate(
         kernel = staying_packed()
     pipeline = open_with_int8(model, kernel=kernel, int8=int8)
     check_sigmas(pipeline.transformer, pipeline.sigmas(num_steps)[:-1].tolist())
+    pipeline.check(prompts)
     seeds = [seed + i for i in range(len(prompts))]
     reread = reread_of(model, int8) if low_memory or streams else None
     with (

@@ -66,7 +66,7 @@ class Plan:
         self.sigmas()
         Noise([self.seeds[0], self.seeds[-1]])
         uses_guidance(self.cfg_weight)
-        self.pipeline.encode_text.check(self.prompts)
+        self.pipeline.check(self.prompts)
 
     def batches(self) -> list[list[int]]:
         """Image numbers, cut the same way whatever is done already: a batch rounds as a whole."""

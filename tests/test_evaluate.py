@@ -171,7 +171,9 @@ def test_statistics_of_other_tools_are_read_and_unsound_ones_refused(tmp_path):
         "no array 'sigma'": {"mu": np.zeros(3)},
         "mu is not finite": {"mu": np.array([0, np.nan, 0]), "sigma": np.eye(3)},
         "not symmetric": {"mu": np.zeros(3), "sigma": np.triu(np.ones((3, 3)))},
+        "negative variances": {"mu": np.zeros(3), "sigma": np.diag([1.0, 1.0, -0.1])},
         "undefined": {"mu": np.zeros(3), "sigma": np.eye(3), "count": np.array(3)},
+        "no whole number": {"mu": np.zeros(3), "sigma": np.eye(3), "count": np.array(-5)},
     }
     for message, arrays in wrong.items():
         save_npz(path, **arrays)

@@ -446,6 +446,13 @@ def test_steps_that_do_not_hang_together_are_refused():
     velocity(mx.zeros((1, *shape)), mx.array(1.0))
     with pytest.raises(UserError, match="another batch size or resolution"):
         velocity(mx.zeros((1, shape[0] // 2, *shape[1:])), mx.array(float(sigmas[1])))
+    # Static scales are those of changes from each step to the next.
+    velocity, zeros = pipeline.velocity(conditioning, 4.0), mx.zeros((1, *shape))
+    with pytest.raises(UserError, match="is step 1 .* before was none; begin with the first"):
+        velocity(zeros, mx.array(float(sigmas[1])))
+    velocity(zeros, mx.array(float(sigmas[0])))
+    with pytest.raises(UserError, match="is step 2 .* before was 0; .* leave none out"):
+        velocity(zeros, mx.array(float(sigmas[2])))
 
 
 @pytest.mark.slow

@@ -192,6 +192,13 @@ def test_features_alone_tell_what_the_pictures_would(tmp_path):
         (["--modulate", "--rest-bit", "8"], ["for the layers that --modulate auto leaves"]),
         (["--rest-scale", "token"], ["for the layers that --modulate auto leaves"]),
         (["--weight-bit", "8"], ["weights of 4 bits, not 8", "--bits-w 8"]),
+        (["--weight-bit", "1"], ["--weight-bit 1 is not possible; valid: 2 to 8, or 16"]),
+        (["--modulate", "--modulate-memory", "inf"], ["must be above 0 GB, got inf"]),
+        (["--modulate", "auto", "--modulate-memory", "1e-9"], ["no layer fits"]),
+        (
+            ["--modulate", "auto", "--modulate-memory", "1", "--timesteps", "1"],
+            ["one step has none; draw in more"],
+        ),
         (["--keep", "all"], ["unknown --keep 'all'"]),
         (["--keep-latents", "2"], ["give --keep features or both"]),
         (["--inception", "weights.npz"], ["--inception is for features"]),

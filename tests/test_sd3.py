@@ -141,6 +141,35 @@ def test_without_t5_it_is_not_read(tiny, tmp_path):
         load_pipeline("sd3-medium", checkpoint=folder).encode_text.check([PROMPT])
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("tokenizer/vocab.json", "vocab.json is damaged"),
+        ("tokenizer/merges.txt", "merges.txt is damaged: it has .* merges"),
+        ("tokenizer_3/tokenizer_config.json", "tokenizer_config.json is damaged"),
+        ("tokenizer_3/tokenizer.json", "tokenizer_3 is damaged: its tokenizer cannot be read"),
+        ("vae/diffusion_pytorch_model.safetensors", "model.safetensors is damaged"),
+    ],
+)
+def test_half_a_file_is_named_before_any_step(tiny, tmp_path, name, words):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny.diffusers("sd3-medium"), folder)
+    pipeline, file = load_pipeline("sd3-medium", checkpoint=folder), folder / name
+    pipeline.check([PROMPT])
+    content = file.read_bytes().rstrip()
+    file.write_bytes(content[:-6] if name.endswith(".txt") else content[: len(content) // 2])
+    with pytest.raises(UserError, match=words):
+        pipeline.check([PROMPT])
+
+
+def test_without_a_vae_no_step_is_begun(tiny, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny.diffusers("sd3-medium"), folder)
+    shutil.rmtree(folder / "vae")
+    with pytest.raises(UserError, match="has no VAE"):
+        load_pipeline("sd3-medium", checkpoint=folder).check([PROMPT])
+
+
 def test_seeds_reproduce_and_leave_numpys_state_alone(tiny):
     pipeline = load_pipeline("sd3-medium", checkpoint=tiny.single_file("sd3-medium"))
     np.random.seed(11)

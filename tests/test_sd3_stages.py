@@ -12,7 +12,7 @@ from src.evaluation.sources import Order
 from src.generate_calibration_data import generate_calibration_data
 from src.inference.export import save_model
 from src.inference.int8 import Int8
-from src.inference.saved import open_pipeline
+from src.inference.saved import load_saved, open_pipeline
 from src.models.load import ModelChoice, load_pipeline
 from src.models.sd3 import Reading
 
@@ -131,6 +131,16 @@ def test_a_saved_folder_draws_the_same_by_itself(worked):
         np.array(Image.open(worked / name)).astype(int) for name in ("quantized.png", "again.png")
     )
     assert np.abs(first - again).max() <= 2
+
+
+def test_a_saved_folders_own_parts_come_before_a_checkpoint_for_all_commands(worked, tiny):
+    saved, checkpoint = str(worked / "saved"), tiny.diffusers("sd3-medium")
+    for_all = load_saved(ModelChoice(saved, checkpoint, for_all=True))
+    assert for_all.encode_text.location("clip_l").path == worked / "saved" / "text_encoder"
+    named = load_saved(ModelChoice(saved, checkpoint))
+    assert named.encode_text.location("clip_l").path == checkpoint / "text_encoder"
+    with pytest.raises(UserError, match="is sd3.5-medium, and .*saved.* was made from sd3-medium"):
+        load_saved(ModelChoice(saved, tiny.diffusers("sd3.5-medium")))
 
 
 def test_other_bits_than_the_stored_ones_are_refused(worked):

@@ -216,7 +216,7 @@ class Order:
         uses_guidance(drawing.cfg_weight)
         Noise(drawing.seeds)
         check_sigmas(pipeline.transformer, drawing.sigmas)
-        pipeline.encode_text.check(drawing.prompts)
+        pipeline.check(drawing.prompts)
         return drawing
 
 

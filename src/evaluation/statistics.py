@@ -16,6 +16,7 @@ from ..store.arrays import check_expected
 from .networks import Features, Identity
 
 SPLITS = 10
+SMALL_PART = 1e-4  # of the largest variance, that a sum of roundings may lack of 0
 MOMENTS = ("mu", "sigma", "mu_s", "sigma_s")  # the names that other tools give them
 
 
@@ -121,11 +122,17 @@ def check_moment(path: Path, name: str, values: np.ndarray) -> None:
         raise UserError(f"{path}: {name} is not finite everywhere; make the file again")
     if values.ndim == 2 and not np.allclose(values, values.T, rtol=1e-3, atol=1e-6):
         raise UserError(f"{path}: {name} is not symmetric, as a covariance is; make it again")
+    if values.ndim == 2:
+        spectrum = np.linalg.eigvalsh(values)
+        if len(spectrum) and spectrum[0] < -SMALL_PART * max(abs(spectrum[-1]), 1e-12):
+            raise UserError(
+                f"{path}: {name} has negative variances, as no covariance has; make it again"
+            )
 
 
 def stated_count(path: Path, count: np.ndarray | None) -> int | None:
     if count is None:
         return None
-    if count.shape != () or count.dtype.kind not in "iu":
+    if count.shape != () or count.dtype.kind not in "iu" or count < 1:
         raise UserError(f"{path}: count is no whole number; make the file again")
     return int(count)

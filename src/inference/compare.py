@@ -54,7 +54,7 @@ class Request:
         uses_guidance(weight)
         pipeline.sigmas(steps)
         Noise(seeds)
-        pipeline.encode_text.check(prompts)
+        pipeline.check(prompts)
         return cls(list(prompts), seeds, steps, weight)
 
     def sigmas(self, pipeline: Pipeline) -> list[float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -59,7 +60,7 @@ class Options:
         check_kind(self.residual_scale, "--residual-scale")
         if self.modulate == "":
             raise UserError("--modulate is empty; valid: all, auto, or a part of layers' paths")
-        if self.modulate_memory is not None and not self.modulate_memory > 0:
+        if self.modulate_memory is not None and not 0 < self.modulate_memory < math.inf:
             raise UserError(f"--modulate-memory must be above 0 GB, got {self.modulate_memory}")
         if self.modulate == AUTO and self.modulate_memory is None:
             raise UserError("--modulate auto needs --modulate-memory, the GB that it may take")
@@ -223,7 +224,12 @@ def choose(
 
 def refuse(pipeline: Pipeline, options: Options, work: Work) -> None:
     """Raises for layers that are not there, or that keep too much, before any work."""
-    if options.modulate in (None, AUTO):
+    if options.modulate is None:
+        return
+    if options.modulate == AUTO:
+        if work.num_steps < 2:
+            raise UserError("--modulate auto measures changes, and one step has none; draw in more")
+        check_smallest(options.modulate_memory * 1e9, cache_bytes(pipeline, work))
         return
     if options.modulate_memory is None:  # a text is encoded only where bytes are counted
         matching(list(layers_of(pipeline.transformer)), options.modulate)
@@ -241,12 +247,22 @@ def within(budget: float, gains: Mapping[str, float], nbytes: Mapping[str, int])
             left -= nbytes[path]
             taken.add(path)
     if not taken:
-        smallest = min(nbytes.values())
+        check_smallest(budget, nbytes)
+        raise UserError(
+            f"no layer of which modulation removes an error fits into --modulate-memory "
+            f"{budget / 1e9:g} GB; give more"
+        )
+    return [path for path in nbytes if path in taken]
+
+
+def check_smallest(budget: float, nbytes: Mapping[str, int]) -> None:
+    """Raises where not even one layer fits."""
+    smallest = min(nbytes.values())
+    if smallest > budget:
         raise UserError(
             f"no layer fits into --modulate-memory {budget / 1e9:g} GB; the smallest keeps "
             f"{human_bytes(smallest)}"
         )
-    return [path for path in nbytes if path in taken]
 
 
 Quantizers = Mapping[str, tuple[Quantizer | None, Quantizer | None]]

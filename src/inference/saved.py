@@ -14,7 +14,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from ..backends import MLX_BITS, Backend, named
 from ..errors import UserError
-from ..models.checkpoints import POSITIONS, fill
+from ..models.checkpoints import POSITIONS, fill, infer_config, read_weights
 from ..models.configs import MMDiTConfig
 from ..models.load import MODELS, Model, ModelChoice, default_dtype, load_pipeline
 from ..models.mmdit import MMDiT
@@ -24,7 +24,7 @@ from ..models.nano.text import TextConfig, TextEncoder
 from ..models.paths import module_at
 from ..models.pipeline import Defaults, Pipeline
 from ..models.sd3_files import Files, files_of
-from ..models.sd3_load import SD3, assemble_sd3
+from ..models.sd3_load import SD3, assemble_sd3, family
 from ..models.sd3_text import Text
 from ..quant.linear import TYPICAL_ROWS, QuantizedLinear, Runtime
 from ..quant.packing import MLX_GROUP_SIZES
@@ -111,13 +111,18 @@ def load_stable_diffusion(
     """A saved transformer with the parts beside it, or with those of a checkpoint or the hub."""
     choice = model if isinstance(model, ModelChoice) else ModelChoice(model)
     name, files = details["made_from"]["model"], Files(folder, (folder.parent,), folder.parent)
-    if choice.checkpoint is not None:
+    whole = all(files.part(part) is not None for part in ("clip_l", "clip_g", "vae"))
+    own = choice.checkpoint is None or (choice.for_all and whole)
+    if not own:
         files = files_of(choice.checkpoint, name)
+        found = family(infer_config(read_weights(files.transformer), files.transformer))
+        if found != name:
+            raise UserError(f"{files.transformer} is {found}, and {folder} was made from {name}")
     transformer = load_saved_transformer(folder, dtype, kernel=kernel)
     hashes = {name: entry["sha256"] for name, entry in details["files"].items()}
     defaults = settings(Defaults, part(details, "sampling", folder), folder)
     text = choice.text
-    if choice.checkpoint is None and text == Text() and files.part("t5") is None:
+    if own and text == Text() and files.part("t5") is None:
         text = Text(t5=False)  # it was saved without
     return assemble_sd3(name, hash_json(hashes), transformer, files, dtype, text, defaults)
 

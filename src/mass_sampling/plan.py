@@ -96,6 +96,8 @@ def open_subject(
     """
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"--dtype {dtype} is unknown; valid: {', '.join(DTYPES)}")
+    if weight_bit not in (None, SIXTEEN) and not 2 <= weight_bit <= 8:
+        raise UserError(f"--weight-bit {weight_bit} is not possible; valid: 2 to 8, or {SIXTEEN}")
     if weight_bit == SIXTEEN:
         pipeline = opened(model, None, dtype)
         return Subject(pipeline, None, SIXTEEN, {"model_hash": pipeline.hash}, [], {})
@@ -197,7 +199,7 @@ def make_plan(subject: Subject, options: Options | None, order: Order) -> Plan:
     )
     if options is not None:
         refuse(pipeline, options, plan.work)
-    pipeline.encode_text.check(sorted(set(plan.prompts)))
+    pipeline.check(sorted(set(plan.prompts)))
     if plan.eyes is not None:
         plan.eyes.check(*plan.size)
     return plan

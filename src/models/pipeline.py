@@ -27,6 +27,9 @@ class Codec(Protocol):
     def decode(self, latent: mx.array) -> mx.array:
         """Latents to pictures (batch, height, width, 3), about 0…1."""
 
+    def check(self) -> None:
+        """Raises where its weights could not be read, before any step."""
+
 
 @dataclass(frozen=True)
 class Defaults:
@@ -99,6 +102,12 @@ class Pipeline:
     ) -> list[Conditioning]:
         """What `condition` gives of every batch; the text encoders are read once."""
         return self.encode_text.each([with_negatives(batch, cfg_weight) for batch in batches])
+
+    def check(self, prompts: Sequence[str]) -> None:
+        """Raises for what would fail only after long work: prompts that cannot be read, parts that
+        are not there."""
+        self.encode_text.check(prompts)
+        self.codec.check()
 
     def velocity(
         self,

@@ -7,7 +7,6 @@ they ask the hub again and again, and let a missing tensor pass.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -20,7 +19,7 @@ from mlx.utils import tree_flatten
 
 from ..errors import UserError
 from ..store import read_json
-from ..store.files import damaged
+from ..store.files import damaged, one_line
 from ..store.jsonfile import check_header
 from .checkpoints import fill
 from .mmdit import MMDiT
@@ -192,14 +191,20 @@ def quantize_linears(module: nn.Module, bits: int, paths: set[str] | None = None
     )
 
 
+PUBLISHED_TOKENS, PUBLISHED_MERGES = 49408, 48894  # of CLIP's tokenizer
+
+
 def clip_tokenizer(folder: Path, pad_with_eos: bool) -> Any:
     """DiffusionKit's tokenizer from the folder's vocabulary and merges."""
     from diffusionkit.mlx.tokenizer import Tokenizer
 
-    vocabulary = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
-    lines = (folder / "merges.txt").read_text(encoding="utf-8").strip().split("\n")
+    vocabulary, path = read_json(folder / "vocab.json"), folder / "merges.txt"
+    lines = path.read_text(encoding="utf-8").strip().split("\n")
     # What follows the first line, of the 49152 tokens all but the bytes and both marks.
     merges = [tuple(line.split()) for line in lines[1 : 49152 - 256 - 2 + 1]]
+    wanted = PUBLISHED_MERGES if len(vocabulary) == PUBLISHED_TOKENS else len(merges)
+    if len(merges) != wanted or any(len(pair) != 2 for pair in merges):
+        raise damaged(path, f"it has {len(merges)} merges of two tokens or fewer, not {wanted}")
     return Tokenizer({pair: rank for rank, pair in enumerate(merges)}, vocabulary, pad_with_eos)
 
 
@@ -207,9 +212,12 @@ def t5_tokens(folder: Path, prompts: Sequence[str], length: int) -> np.ndarray:
     """(prompts, length) of T5's tokens, padded with 0."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(
-        str(folder), legacy=False, model_max_length=length, local_files_only=True
-    )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(folder), legacy=False, model_max_length=length, local_files_only=True
+        )
+    except Exception as error:  # the tokenizers package raises nothing narrower
+        raise damaged(folder, f"its tokenizer cannot be read ({one_line(error)})") from error
     rows = np.zeros((len(prompts), length), np.int32)
     for row, prompt in enumerate(prompts):
         ids = tokenizer(prompt, max_length=length, truncation=True)["input_ids"]

@@ -6,7 +6,6 @@ T5 is read layer by layer, so that the largest of all parts needs the least memo
 from __future__ import annotations
 
 import gc
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ import click
 import mlx.core as mx
 
 from ..errors import UserError
+from ..store import read_json
 from .pipeline import Conditioning
 from .sd3 import TEXT_BITS, WIDTH, Reading, clip_tokenizer, t5_tokens, vae_decoder
 from .sd3_decode import decode_in_strips
@@ -105,7 +105,9 @@ class SD3TextEncoder:
             self._clip_tokens(name, prompts)
         for name in self.parts():
             self.location(name)
-            self.tokenizer(name)
+            folder = self.tokenizer(name)
+            if name == "t5":
+                t5_tokens(folder, [], self._t5_tokens(folder))
 
     def settings(self) -> dict[str, Any]:
         return {"text_encoders": {"t5": self.text.t5, "bits": self.text.bits or 16}}
@@ -180,7 +182,7 @@ class SD3TextEncoder:
         """How many: what the tokenizer's own settings say, at most DiffusionKit's."""
         settings, length = folder / "tokenizer_config.json", T5_TOKENS
         if settings.is_file():
-            length = json.loads(settings.read_text(encoding="utf-8")).get("model_max_length")
+            length = read_json(settings).get("model_max_length")
         return length if isinstance(length, int) and 0 < length < T5_TOKENS else T5_TOKENS
 
     def _t5(self, prompts: Sequence[str], errors: dict[str, float]) -> dict[str, mx.array]:
@@ -236,6 +238,9 @@ class SD3Codec:
         del decoder
         release()
         return mx.concatenate(pictures)
+
+    def check(self) -> None:
+        self.location().tensors()
 
     def location(self) -> Location:
         if found := self.files.part("vae"):

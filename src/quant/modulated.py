@@ -38,6 +38,7 @@ class Memory:
         self._picture = 0  # how often it was reset; 0: never
         self._sigma: float | None = None
         self._sigmas: list[float] | None = None
+        self._place = 0  # among them, of the last step
 
     def add(self, key: str) -> None:
         """Makes room for a layer."""
@@ -98,15 +99,28 @@ class Memory:
                 f"the noise level rose from {self._sigma:.4g} to {sigma:.4g}, so this is another "
                 f"picture; {RESET}"
             )
-        if self._sigmas is not None and not any(
-            abs(known - sigma) <= SAME_SIGMA * known for known in self._sigmas
-        ):
+        if self._sigmas is not None:
+            self.check_order(self._sigmas, sigma)
+        self._sigma = sigma
+
+    def check_order(self, sigmas: list[float], sigma: float) -> None:
+        """Raises unless it is the first of the steps that scales were measured at, or the next one:
+        they are those of changes from each to the next."""
+        places = [i for i, known in enumerate(sigmas) if abs(known - sigma) <= SAME_SIGMA * known]
+        if not places:
             raise UserError(
-                f"sigma {sigma:.4g} is none of the {len(self._sigmas)} that the scales of the "
+                f"sigma {sigma:.4g} is none of the {len(sigmas)} that the scales of the "
                 "modulation were measured at; measure them for this number of steps, or take "
                 "dynamic ones"
             )
-        self._sigma = sigma
+        last = None if self._sigma is None else self._place
+        if places[0] not in ((0,) if last is None else (last, last + 1)):
+            raise UserError(
+                f"sigma {sigma:.4g} is step {places[0]} of the modulation's scales, and the "
+                f"picture's step before was {'none' if last is None else last}; begin with the "
+                "first and leave none out, or take dynamic scales"
+            )
+        self._place = places[0]
 
 
 def nothing() -> mx.array:

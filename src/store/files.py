@@ -35,7 +35,9 @@ def os_error(error: OSError, path: str | Path, doing: str) -> UserError:
 
 def damaged(path: str | Path, why: str) -> UserError:
     """The UserError for a file whose content is not what its kind of file holds."""
-    return UserError(f"{path} is damaged: {why}; delete it and make or download it again")
+    # A hub's cache links to what it holds: were only the link deleted, it would be made again.
+    linked = f"{path.resolve()}, to which it links," if (path := Path(path)).is_symlink() else "it"
+    return UserError(f"{path} is damaged: {why}; delete {linked} and make or download it again")
 
 
 def shown(value: Any) -> str:
