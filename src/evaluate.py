@@ -25,6 +25,7 @@ from .quant.int8_operators import BACKEND_NAMES
 from .store import hash_file, human_bytes
 
 PICTURES = "a folder of pictures"
+DRAWING = ("prompts", "num_images", "num_steps", "cfg_weight", "kernel", "dtype")  # of an Order
 MODEL = f"a model ({', '.join(MODELS)}, a pipeline's or saved folder)"
 
 
@@ -56,6 +57,7 @@ def evaluate(
     found = open_found(pictures, model, drawn, seed)
     named = own_reference(found, drawn.int8) if against is None else str(against)
     reference = None if named is None else beside(named, model)
+    refuse_unused(drawn, against_seed, found, reference)
     reference_seed = seed if against_seed is None else against_seed
     other = (
         None if reference is None else open_against(reference, eyes, drawn, found, reference_seed)
@@ -80,6 +82,21 @@ def open_found(
     if (pictures is None) == (model is None):
         raise UserError(f"give either --pictures, {PICTURES}, or --model, {MODEL}")
     return open_folder(Path(pictures)) if model is None else order.open(model, seed)
+
+
+def refuse_unused(
+    order: Order, against_seed: int | None, found: Folder | Drawing, reference: Model | None
+) -> None:
+    """Raises for what is said about drawing where nothing is drawn by it."""
+    reference_draws = reference is not None and not is_statistics(reference) and is_model(reference)
+    if against_seed is not None and not reference_draws:
+        raise UserError("--against-seed is of a model that --against names; leave it out")
+    if isinstance(found, Drawing) or reference_draws:
+        return
+    for name in DRAWING:
+        if getattr(order, name) is not None:
+            option = name.replace("_", "-")
+            raise UserError(f"--{option} is for a model that draws, and here is none; leave it out")
 
 
 def own_reference(found: Folder | Drawing, int8: Int8 = OFF) -> Model | None:
