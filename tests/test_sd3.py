@@ -17,7 +17,7 @@ from src.models.configs import MMDiTConfig
 from src.models.load import load_pipeline
 from src.models.mmdit import MMDiT
 from src.models.pipeline import Pipeline
-from src.models.sd3 import random_decoder, t5_tokens
+from src.models.sd3 import Reading, random_decoder, t5_tokens
 from src.models.sd3_decode import decode_in_strips
 from src.models.sd3_names import DecoderShape
 from src.models.sd3_save import save_companions
@@ -269,6 +269,17 @@ def test_the_memory_that_is_told_is_what_mlx_needs():
         config, 256, 256, text_tokens=154, float_bytes=4, fused_attention=False
     )
     assert 0.6 < estimate / (peak(lambda: model(*inputs)) + inputs[1].nbytes) < 1.6
+
+
+def test_the_memory_that_is_told_of_t5_is_what_mlx_needs(tiny):
+    """A layer at a time, for two prompts."""
+    encoder = load_pipeline("sd3-medium", checkpoint=tiny.single_file("sd3-medium")).encode_text
+    with Reading(encoder.location("t5"), mx.float32) as reading:
+        next(reading.t5_stages(T5_TOKENS))
+        shape = reading.shape
+    estimate = sd3_memory.t5_bytes(shape, T5_TOKENS, width=4)
+    measured = peak(lambda: encoder._t5([PROMPT, f"{PROMPT} {PROMPT}"], {}))
+    assert 0.6 < estimate / measured < 1.6
 
 
 def test_an_unknown_character_is_named(tiny):

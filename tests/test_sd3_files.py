@@ -16,6 +16,7 @@ from src.models.configs import MMDiTConfig
 from src.models.load import ModelChoice, chosen, load_pipeline
 from src.models.paths import module_at
 from src.models.sd3_text import Text
+from src.store import save_folder
 
 import mlx.core as mx
 import pytest
@@ -82,6 +83,20 @@ def test_every_layout_is_the_same_model(tmp_path, name):
     for place, pipeline in loaded.items():
         assert pipeline.name == name and pipeline.transformer.config == KINDS[name], place
         assert pipeline.defaults.height == 256, "a picture that this grid of positions can draw"
+
+
+def test_shards_of_a_variant_alone_are_read(tmp_path):
+    """diffusers' variant="fp16": model.fp16-00001-of-…, and an index with fp16 near its end."""
+    folder = tmp_path / "text_encoder_3"
+    tensors = {f"layer{i}.weight": mx.full((4, 4), i) for i in range(6)}
+    save_folder(folder, tensors, max_shard_bytes=128, stem="model.fp16")
+    index = folder / "model.fp16.safetensors.index.json"
+    index.rename(folder / "model.safetensors.index.fp16.json")
+    found = sd3_files.Location(folder).tensors()
+    assert found.keys() == tensors.keys() and len(list(folder.glob("*-of-*"))) > 1
+    assert all(mx.array_equal(found[name], tensors[name]) for name in tensors)
+    save(folder / "model.safetensors", {"whole": mx.ones(1)})
+    assert sd3_files.Location(folder).tensors().keys() == {"whole"}
 
 
 def test_a_checkpoint_tells_which_model_it_is(tmp_path):

@@ -130,9 +130,14 @@ def weights_folder(folder: Path) -> Path:
 def stem_of(folder: Path) -> str:
     """The file name, without endings, under which the folder holds its weights."""
     names = [path.name for path in sorted(folder.glob("*.safetensors*"))]
-    for stem in STEMS:
-        if f"{stem}.safetensors" in names or f"{stem}.safetensors.index.json" in names:
-            return stem
+    for variant in ("", ".fp16"):  # whole ones first
+        for stem in STEMS:
+            single, index = (
+                f"{stem}{variant}.safetensors",
+                f"{stem}.safetensors.index{variant}.json",
+            )
+            if single in names or index in names:
+                return f"{stem}{variant}"
     if len(names) == 1 and names[0].endswith(".safetensors"):
         return names[0].removesuffix(".safetensors")
     held = ", ".join(names) or "none"

@@ -213,10 +213,14 @@ _LISTED = "it is listed in the index: copy it here too"
 
 
 def _index_of(folder: Path, stem: str) -> Path | None:
-    """The index of a folder of shards; None where there is a single file."""
+    """The index of a folder of shards; None where there is a single file. That of a variant, such
+    as model.fp16, has the variant's name near its end."""
+    base, dot, variant = stem.rpartition(".")
     index = folder / f"{stem}.safetensors.index.json"
-    if os.path.exists(index):
-        return index
+    of_variant = folder / f"{base}.safetensors.index.{variant}.json"
+    for found in (index, *([of_variant] if dot else [])):
+        if os.path.exists(found):
+            return found
     single = folder / f"{stem}.safetensors"
     if not os.path.exists(single) and any(folder.glob(f"{stem}-*-of-*.safetensors")):
         raise UserError(f"{index} is missing beside its shards; make the folder again")
