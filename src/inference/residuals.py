@@ -229,7 +229,9 @@ def refuse(pipeline: Pipeline, options: Options, work: Work) -> None:
     if options.modulate == AUTO:
         if work.num_steps < 2:
             raise UserError("--modulate auto measures changes, and one step has none; draw in more")
-        check_smallest(options.modulate_memory * 1e9, cache_bytes(pipeline, work))
+        budget, nbytes = options.modulate_memory * 1e9, cache_bytes(pipeline, work)
+        if budget < min(nbytes.values()):
+            raise nothing_fits(budget, nbytes)
         return
     if options.modulate_memory is None:  # a text is encoded only where bytes are counted
         matching(list(layers_of(pipeline.transformer)), options.modulate)
@@ -247,22 +249,15 @@ def within(budget: float, gains: Mapping[str, float], nbytes: Mapping[str, int])
             left -= nbytes[path]
             taken.add(path)
     if not taken:
-        check_smallest(budget, nbytes)
-        raise UserError(
-            f"no layer of which modulation removes an error fits into --modulate-memory "
-            f"{budget / 1e9:g} GB; give more"
-        )
+        raise nothing_fits(budget, nbytes)
     return [path for path in nbytes if path in taken]
 
 
-def check_smallest(budget: float, nbytes: Mapping[str, int]) -> None:
-    """Raises where not even one layer fits."""
-    smallest = min(nbytes.values())
-    if smallest > budget:
-        raise UserError(
-            f"no layer fits into --modulate-memory {budget / 1e9:g} GB; the smallest keeps "
-            f"{human_bytes(smallest)}"
-        )
+def nothing_fits(budget: float, nbytes: Mapping[str, int]) -> UserError:
+    return UserError(
+        f"no layer fits into --modulate-memory {budget / 1e9:g} GB; the smallest keeps "
+        f"{human_bytes(min(nbytes.values()))}"
+    )
 
 
 Quantizers = Mapping[str, tuple[Quantizer | None, Quantizer | None]]
