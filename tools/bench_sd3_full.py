@@ -33,7 +33,7 @@ import click
 from tools import sd3_full_report
 from tools.bench_common import FOLDER, environment, machine
 from tools.bench_sd3_activations import outlier_paths
-from tools.sd3_full_stages import CHECKPOINT, CONFIG, Settings, Stage, stages
+from tools.sd3_full_stages import CHECKPOINT, CONFIG, CONVERTED, Settings, Stage, stages
 from tools.sd3_full_weights import Shapes
 
 OWN = "sd3_full"  # folder in --work, where names may be those of the user's own artifacts
@@ -166,6 +166,7 @@ def emptied(work: Path) -> Path:
     work = work.resolve() / OWN
     for name in (CHECKPOINT, "calibration_data", "adaround_output", "learned", "saved"):
         shutil.rmtree(work / name, ignore_errors=True)
+    (work / CONVERTED).unlink(missing_ok=True)
     work.mkdir(parents=True, exist_ok=True)
     return work
 
