@@ -38,7 +38,6 @@ class Memory:
         self._picture = 0  # how often it was reset; 0: never
         self._sigma: float | None = None
         self._sigmas: list[float] | None = None
-        self._place = 0  # among them, of the last step
 
     def add(self, key: str) -> None:
         """Makes room for a layer."""
@@ -106,21 +105,26 @@ class Memory:
     def check_order(self, sigmas: list[float], sigma: float) -> None:
         """Raises unless it is the first of the steps that scales were measured at, or the next one:
         they are those of changes from each to the next."""
-        places = [i for i, known in enumerate(sigmas) if abs(known - sigma) <= SAME_SIGMA * known]
-        if not places:
+        place = place_of(sigmas, sigma)
+        if place is None:
             raise UserError(
                 f"sigma {sigma:.4g} is none of the {len(sigmas)} that the scales of the "
                 "modulation were measured at; measure them for this number of steps, or take "
                 "dynamic ones"
             )
-        last = None if self._sigma is None else self._place
-        if places[0] not in ((0,) if last is None else (last, last + 1)):
+        last = None if self._sigma is None else place_of(sigmas, self._sigma)
+        if place not in ((0,) if last is None else (last, last + 1)):
             raise UserError(
-                f"sigma {sigma:.4g} is step {places[0]} of the modulation's scales, and the "
+                f"sigma {sigma:.4g} is step {place} of the modulation's scales, and the "
                 f"picture's step before was {'none' if last is None else last}; begin with the "
                 "first and leave none out, or take dynamic scales"
             )
-        self._place = places[0]
+
+
+def place_of(sigmas: list[float], sigma: float) -> int | None:
+    """Which of them it is."""
+    places = (i for i, known in enumerate(sigmas) if abs(known - sigma) <= SAME_SIGMA * known)
+    return next(places, None)
 
 
 def nothing() -> mx.array:
