@@ -16,7 +16,8 @@ Rows are drawn in --work by `src.sample`, one folder each, the most wanted ones 
 goes on with the batch it was at, and under mlx.launch each rank draws every nth batch. With
 --seconds a run stops in time, with --each a row has so many of its pictures afterwards; both go on
 by the same command. --rows draws some of them, so that several machines can share the work:
-results_…/ holds one small file a row, which --merge takes in. All results are written to
+results_…/ holds one small file a row, which --merge takes in, and a copy of other_noise_…/ spares
+the others that row. All results are written to
 docs/benchmarks/modiff.json and modiff.md after every row, and by --report-only.
 """
 
@@ -24,7 +25,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,6 @@ from src.cache_adaround_data import cache_adaround_data
 from src.collect_layer_activations import collect_layer_activations
 from src.distributed import Ranks
 from src.evaluation.networks import Features, ScorerNetwork
-from src.evaluation.statistics import load_statistics
 from src.generate_calibration_data import generate_calibration_data
 from src.inference.residual_options import Inputs
 from src.inference.residuals import Work, cache_bytes
@@ -59,11 +59,12 @@ from tools.modiff_results import (
     counts_of,
     drawn_features,
     growing,
+    kept_counts,
+    kept_sets,
     latent_figures,
     load_result,
     measured,
     merged,
-    moments_of,
     save_result,
     set_figures,
     whole_batches,
@@ -100,7 +101,6 @@ class Bench:
     steps: int
     batch: int
     tracks: dict[str, Any]
-    noise: Sets = field(default_factory=dict)  # of full precision from other noise, once read
 
     @property
     def run(self) -> dict[str, int]:
@@ -215,13 +215,7 @@ class Bench:
     def rendered(self, eyes: ScorerNetwork, counts: Sequence[int]) -> Sets:
         """Moments of the features of the first scenes, rendered once."""
         folder = self.work / f"rendered_{self.num_pictures}"
-        missing = [count for count in counts if not (folder / f"{count}.npz").exists()]
-        if missing:
-            drawn = growing(self.rendered_features(eyes), eyes.identity, missing)
-            for count, statistics in drawn:
-                statistics.save(folder / f"{count}.npz")
-        known = {n: load_statistics(folder / f"{n}.npz", eyes.identity) for n in counts}
-        return {count: (of.pooled, of.spatial) for count, of in known.items()}
+        return kept_sets(folder, counts, eyes.identity, lambda: self.rendered_features(eyes))
 
     def rendered_features(self, eyes: ScorerNetwork) -> Iterator[Features]:
         scenes = self.scenes()
@@ -244,13 +238,23 @@ class Bench:
             figures["at"][str(count)] = set_figures(statistics, count, truth, noise)
         return figures
 
+    @property
+    def noise(self) -> Path:
+        """Of what pictures from other noise are: with this folder another machine draws none."""
+        how = f"{self.num_pictures}_{self.steps}_{self.batch}_{self.tracks['dtype']}"
+        return self.work / f"other_noise_{how}"
+
     def other_noise(self, eyes: ScorerNetwork, counts: Sequence[int]) -> Sets:
         """Moments of full precision's first pictures from other noise, as far as there are."""
-        missing = [n for n in counts if n not in self.noise and n <= self.pictures(OTHER_NOISE)]
-        drawn = drawn_features(self.rows / OTHER_NOISE.folder, self.whole(OTHER_NOISE))
-        for count, statistics in growing(drawn, eyes.identity, missing):
-            self.noise[count] = moments_of(statistics)
-        return self.noise
+        drawn, kept = self.pictures(OTHER_NOISE), kept_counts(self.noise)
+        known = [count for count in counts if count <= drawn or count in kept]
+        batches = self.whole(OTHER_NOISE)
+        return kept_sets(
+            self.noise,
+            known,
+            eyes.identity,
+            lambda: drawn_features(self.rows / OTHER_NOISE.folder, batches),
+        )
 
     def whole(self, row: Row) -> list[range]:
         return whole_batches(self.rows / row.folder, self.batches)
@@ -268,6 +272,7 @@ class Bench:
         """All that its figures are of: pictures of a row and of those that it is compared with."""
         rows = (row, Row(), row.own_floats, OTHER_NOISE)
         counts = {each.name: self.pictures(each) for each in rows}
+        counts[OTHER_NOISE.name] = max(counts[OTHER_NOISE.name], *kept_counts(self.noise), 0)
         return {"settings": self.settings, "judged_from": counts}
 
     def kept(self, row: Row) -> np.ndarray:

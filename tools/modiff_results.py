@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from src.errors import UserError
 from src.evaluation.networks import Features, Identity
-from src.evaluation.statistics import Statistics
+from src.evaluation.statistics import Statistics, load_statistics
 from src.mass_sampling.work import FEATURES, features_name
 from src.metrics.fidelity import bootstrap_interval
 from src.metrics.frechet import Moments
@@ -105,6 +105,28 @@ def whole_batches(folder: Path, batches: Sequence[range]) -> list[range]:
     """The first ones, as far as all of them were drawn."""
     missing = (i for i, b in enumerate(batches) if not (folder / features_name(b)).exists())
     return list(batches[: next(missing, len(batches))])
+
+
+def kept_counts(folder: Path) -> list[int]:
+    """Of how many first pictures the folder has statistics."""
+    return sorted(int(path.stem) for path in folder.glob("*.npz"))
+
+
+def kept_sets(
+    folder: Path,
+    counts: Sequence[int],
+    identity: Identity,
+    features: Callable[[], Iterator[Features]],
+) -> Sets:
+    """Moments of the first so many pictures, computed from their features where the folder has
+    none."""
+    kept = kept_counts(folder)
+    missing = [count for count in counts if count not in kept]
+    if missing:
+        for count, statistics in growing(features(), identity, missing):
+            statistics.save(folder / f"{count}.npz")
+    known = {count: load_statistics(folder / f"{count}.npz", identity) for count in counts}
+    return {count: (of.pooled, of.spatial) for count, of in known.items()}
 
 
 def moments_of(statistics: Statistics) -> tuple[Moments, Moments]:
