@@ -21,6 +21,8 @@ from tools.modiff_results import (
     Limit,
     counts_of,
     growing,
+    kept_counts,
+    kept_sets,
     merged,
     moments_of,
     save_result,
@@ -55,6 +57,11 @@ def test_every_goal_can_be_judged():
     assert len(found) > 10 and all(goal.judged(rows) for goal in found)
     assert len(auto_lines(rows)) == sum(each.modulate == "auto" for each in all_rows())
     assert all(line(name, figures).count("|") == 11 for name, figures in rows.items())
+
+
+def test_small_distances_are_not_rounded_away():
+    found = row(2000, **{"2000": DISTANCES | {"fid": 0.00060249, "sfid": 7.98219}})
+    assert "| 0.000602 | 7.98 |" in line(EXACT, found)
 
 
 def test_names_and_folders_are_those_of_one_row():
@@ -102,6 +109,19 @@ def test_the_first_pictures_statistics_are_those_of_them_alone(sizes, cut):
         for got, wanted in zip((pooled, spatial), moments_of(alone), strict=True):
             np.testing.assert_allclose(got.mean, wanted.mean, rtol=1e-9)
             np.testing.assert_allclose(got.covariance, wanted.covariance, atol=1e-9)
+
+
+def test_sets_that_were_kept_need_no_features(tmp_path):
+    """Such as on another machine, with a copy of the folder; those of other counts are added."""
+    rng = np.random.default_rng(0)
+    features = [Features(*(rng.random((6, n)) + 0.1 for n in (3, 4, 2))) for _ in range(2)]
+    drawn = kept_sets(tmp_path, [5, 7], EYES, lambda: iter(features))
+    copied = kept_sets(tmp_path, [7, 5], EYES, lambda: pytest.fail("features were asked for"))
+    assert copied.keys() == drawn.keys() and kept_counts(tmp_path) == [5, 7]
+    for count, (pooled, _) in drawn.items():
+        np.testing.assert_array_equal(copied[count][0].covariance, pooled.covariance)
+    grown = kept_sets(tmp_path, [7, 12], EYES, lambda: iter(features))
+    assert not np.array_equal(grown[12][0].mean, grown[7][0].mean)
 
 
 def test_sets_are_larger_than_there_are_features():

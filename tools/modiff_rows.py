@@ -8,6 +8,8 @@ from typing import Any
 
 from src.errors import UserError
 
+import numpy as np
+
 EXACT, OTHER = "full precision", "full precision, other noise"
 PICTURE_SEED, OTHER_SEED = 100_000, 900_000
 SIXTEEN, STATIC, DYNAMIC, RANGE = 16, "static", "tensor", "range"
@@ -109,11 +111,18 @@ def line(name: str, row: dict[str, Any]) -> str:
         cells[3], cells[4] = f"{latent['median']:.1f}", f"{latent['worst']:.1f}"
     sets = row["at"].get(str(pictures), {})
     for key in ("fid", "sfid"):
-        cells.append(f"{sets[key]:.4f}" if key in sets else "")
+        cells.append(distance(sets, key))
     score = sets.get("inception_score")
     cells.append("" if score is None else "{:.2f} ± {:.2f}".format(*score))
-    cells.append(f"{sets['to_full_precision']:.4f}" if "to_full_precision" in sets else "")
+    cells.append(distance(sets, "to_full_precision"))
     return f"| {' | '.join(cells)} |"
+
+
+def distance(sets: dict[str, Any], key: str) -> str:
+    """To three digits, however small: of large sets these distances are about 0.0006."""
+    return (
+        np.format_float_positional(sets[key], 3, fractional=False, trim="-") if key in sets else ""
+    )
 
 
 @dataclass(frozen=True)
