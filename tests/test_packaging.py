@@ -43,7 +43,8 @@ def test_backends_exclude_each_other_and_are_not_in_the_base():
     assert set(base) == {
         *("mlx", "numpy", "click", "pillow", "tqdm", "safetensors", "matplotlib", "jinja2")
     }
-    assert EXTRAS["cpu"] == ["mlx[cpu]"] and EXTRAS["cuda"] == ["mlx[cuda13]"]
+    assert EXTRAS["cpu"] == ["mlx[cpu]"]
+    assert EXTRAS["cuda"] == ["mlx[cuda13]", "nvidia-cuda-crt==13.*"]
     assert EXTRAS["sd3"] == ["diffusionkit==0.5.1"]
     for name, extra in EXTRAS.items():
         assert name in ("cpu", "cuda") or not any("mlx[" in d for d in extra)

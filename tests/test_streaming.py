@@ -136,7 +136,8 @@ def test_compiled_blocks_take_the_weights_that_are_there(int8):
         with streamed(pipeline, 1, compiled=compiled):
             velocity = pipeline.velocity(conditioning, 4.0, compiled=compiled)
             latents.append(np.array(denoise(velocity, Noise([0]), sigmas, (8, 8, 16))))
-    np.testing.assert_allclose(latents[1], latents[0], atol=1e-4)
+    exact = conditioning.text.dtype == mx.float32
+    np.testing.assert_allclose(latents[1], latents[0], atol=1e-4 if exact else 1e-2)
 
 
 def test_what_cannot_be_streamed_is_refused(tmp_path):
