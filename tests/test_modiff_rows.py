@@ -142,6 +142,17 @@ def test_of_several_results_the_one_with_most_pictures_counts(tmp_path):
     assert merged([tmp_path / "b", tmp_path / "a"], RUN)["x"]["pictures"] == 512
 
 
+def test_latents_figures_are_taken_from_where_they_could_be_compared(tmp_path):
+    """A machine that had not the row of the same weights in floats leaves them out."""
+    alone = row(512, db=1.0) | {"latent_own_weights": None}
+    for folder, found in (("alone", alone), ("few", row(16, db=2.0))):
+        save_result(tmp_path / folder / "x.json", {"name": "x", **RUN} | found)
+    for folders in (("alone", "few"), ("few", "alone")):
+        (got,) = merged([tmp_path / folder for folder in folders], RUN).values()
+        assert got["pictures"] == 512 and got["latent"]["mean"] == 1.0
+        assert got["latent_own_weights"]["mean"] == 2.0
+
+
 def test_results_of_other_captions_or_steps_are_not_merged(tmp_path):
     for name, told, words in (
         ("steps", {**RUN, "steps": 100}, r"steps\.json is of --steps 100, this run is of 30"),

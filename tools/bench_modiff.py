@@ -51,7 +51,14 @@ from tools.modiff_rows import (
 )
 from tools.modiff_work import KEPT_LATENTS, Bench
 
-KEPT = ("dtype", "scale_pictures", "method", "iters", "num_images", "kernel")  # settings, in the JSON
+KEPT = (
+    "dtype",
+    "scale_pictures",
+    "method",
+    "iters",
+    "num_images",
+    "kernel",
+)  # settings, in the JSON
 
 
 def report(bench: Bench, merge: Sequence[Path]) -> None:

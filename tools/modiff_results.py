@@ -29,6 +29,7 @@ from tools.bench_common import machine
 
 FORMAT, VERSION = "ditq-modiff-row", 1
 COUNTS = (500, 1000, 2000, 5000, 10_000, 20_000, 30_000, 40_000, 50_000)
+LATENT_FIGURES = ("latent", "latent_own_weights")  # of the first pictures, whatever follows
 Sets = dict[int, tuple[Moments, Moments]]  # of the first so many: pooled and spatial features
 
 
@@ -169,16 +170,17 @@ def save_result(path: Path, result: dict[str, Any]) -> None:
 
 
 def merged(folders: Sequence[Path], run: Mapping[str, int]) -> dict[str, dict[str, Any]]:
-    """Results by row, of the folder in which a row has the most pictures; all of this `run`."""
+    """Results by row, of the folder in which a row has the most pictures; all of this `run`. Where
+    a machine had not the row that latents are compared with, the figures are another's."""
     found: dict[str, dict[str, Any]] = {}
     for folder in folders:
         if not folder.is_dir():
             raise UserError(f"no folder {folder} of results; give one that a run has written")
         for path in sorted(folder.glob("*.json")):
             result = load_result(path, run)
-            known = found.get(result["name"])
-            if known is None or result["pictures"] > known["pictures"]:
-                found[result["name"]] = result
+            known = found.get(result["name"], result)
+            more, less = sorted((known, result), key=lambda r: r["pictures"], reverse=True)
+            found[result["name"]] = more | {k: more[k] or less[k] for k in LATENT_FIGURES}
     return found
 
 
