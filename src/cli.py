@@ -22,6 +22,15 @@ from .sampling import Step
 
 DEBUG = "DITQ_DEBUG"
 
+# What MLX says on a CPU, on CUDA, and on Metal of one buffer and of all that a kernel needs.
+NO_MEMORY = re.compile(
+    r"unable to allocate|out of memory|maximum allowed buffer size|insufficient memory", re.I
+)
+LESS_MEMORY = (
+    "fewer pictures at once, smaller ones or --low-memory take less, where the command has them, "
+    "as does another program's end; what is finished is kept"
+)
+
 # Commands in the order of use: name on the command line, module in this package.
 COMMANDS = {
     "doctor": "doctor",
@@ -52,6 +61,10 @@ class OneLineErrors:
             if os.environ.get(DEBUG) == "1":
                 raise
             fail(error)
+        except (MemoryError, RuntimeError) as error:
+            if os.environ.get(DEBUG) == "1" or not is_of_memory(error):
+                raise
+            fail(UserError(f"not enough memory ({error}); {LESS_MEMORY}"))
         except (KeyboardInterrupt, click.Abort):
             click.echo(
                 "stopped; what is finished is kept, the same command does the rest", err=True
@@ -74,6 +87,10 @@ class Group(OneLineErrors, click.Group):
         if name not in COMMANDS:
             return None
         return importlib.import_module(f".{COMMANDS[name]}", __package__).main
+
+
+def is_of_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError) or bool(NO_MEMORY.search(str(error)))
 
 
 def fail(error: Exception) -> None:
