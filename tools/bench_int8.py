@@ -226,7 +226,8 @@ def lines_of(data: dict[str, Any]) -> list[str]:
             f"Nano on {found['machine']['device']}, {found['captions']} captions that calibration "
             f"never saw, against {found['dtype'].removeprefix('mlx.core.')}: pictures' median PSNR "
             f"{found['median']:.1f} dB (goal: at least {GOALS['psnr']:.0f}), quartile "
-            f"{found['quartile']:.1f}, worst {found['worst']:.1f}.",
+            f"{found['quartile']:.1f}, worst {found['worst']:.1f} "
+            f"(`{found['machine']['command']}`).",
         ]
     return lines
 
