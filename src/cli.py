@@ -31,6 +31,8 @@ LESS_MEMORY = (
     "as does another program's end; what is finished is kept"
 )
 
+STOPPED = "stopped; what is finished is kept, the same command does the rest"
+
 # Commands in the order of use: name on the command line, module in this package.
 COMMANDS = {
     "doctor": "doctor",
@@ -57,6 +59,9 @@ class OneLineErrors:
         kwargs["standalone_mode"] = False
         try:
             code = super().main(*args, **kwargs)  # type: ignore[misc]
+        except (KeyboardInterrupt, click.Abort) as error:  # before RuntimeError, which Abort is
+            click.echo(str(error) or STOPPED, err=True)
+            sys.exit(130)
         except (UserError, OSError, click.ClickException) as error:
             if os.environ.get(DEBUG) == "1":
                 raise
@@ -65,16 +70,22 @@ class OneLineErrors:
             if os.environ.get(DEBUG) == "1" or not is_of_memory(error):
                 raise
             fail(UserError(f"not enough memory ({error}); {LESS_MEMORY}"))
-        except (KeyboardInterrupt, click.Abort):
-            click.echo(
-                "stopped; what is finished is kept, the same command does the rest", err=True
-            )
-            sys.exit(130)
         sys.exit(code if isinstance(code, int) else 0)
 
 
 class Command(OneLineErrors, click.Command):
-    pass
+    """`stopped` is what is said where Ctrl-C ends it."""
+
+    def __init__(self, *args: Any, stopped: str = STOPPED, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.stopped = stopped
+
+    def invoke(self, context: click.Context) -> Any:
+        try:
+            return super().invoke(context)
+        except KeyboardInterrupt:
+            click.echo(err=True)  # the terminal's ^C stands in the line
+            raise click.Abort(self.stopped) from None
 
 
 class Group(OneLineErrors, click.Group):

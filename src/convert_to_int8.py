@@ -23,6 +23,10 @@ from .errors import UserError
 from .store import human_bytes, remove_stale_temporaries_of, require_space, require_writable
 
 SUFFIX = ".safetensors"
+STOPPED = (
+    "stopped; no file is half written; run the same command again, with --force if the output is "
+    "there"
+)
 
 
 def convert_to_int8(
@@ -97,7 +101,7 @@ def words(given: Sequence[str]) -> list[str]:
     return [word.strip() for text in given for word in text.split(",")]
 
 
-@command()
+@command(stopped=STOPPED)
 @click.option(
     "--input_checkpoint",
     "--input",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from src.cli import command
+from src.cli import STOPPED, OneLineErrors, command
 
+import click
 import numpy as np
 import pytest
 from click.testing import CliRunner
@@ -18,10 +19,10 @@ OUT_OF_MEMORY = [
 ]
 
 
-def failing(error: Exception | None):
+def failing(error: BaseException | None, **settings):
     """A command that ends so; without an error it asks NumPy for more than there can be."""
 
-    @command()
+    @command(**settings)
     def draw() -> None:
         if error is None:
             np.empty(1 << 60, np.uint8)
@@ -37,6 +38,28 @@ def test_too_little_memory_is_one_line_with_a_way_out(error):
     (line,) = result.stderr.splitlines()
     assert line.startswith("error: not enough memory (") and "--low-memory" in line
     assert error is None or str(error) in line
+
+
+class Commands(OneLineErrors, click.Group):
+    """Of which one ends so."""
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize(
+    "error, settings, line",
+    [
+        (KeyboardInterrupt(), {}, STOPPED),
+        (KeyboardInterrupt(), {"stopped": "nothing is left"}, "nothing is left"),
+        (click.Abort(), {}, STOPPED),
+    ],
+)
+def test_ctrl_c_is_one_line_with_what_is_left(grouped, error, settings, line):
+    draw, arguments = failing(error, **settings), []
+    if grouped:
+        draw, arguments = Commands(commands=[draw]), ["draw"]
+    result = CliRunner().invoke(draw, arguments)
+    assert result.exit_code == 130 and isinstance(result.exception, SystemExit)
+    assert result.stderr.strip() == line
 
 
 def test_other_errors_are_shown_whole():

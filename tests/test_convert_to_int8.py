@@ -365,6 +365,35 @@ def test_files_of_pytorch(tmp_path, dtype, old_format):
     assert again.read_bytes() == output.read_bytes()
 
 
+@pytest.mark.parametrize("key", [None, "state_dict"])
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("to_sparse", "tensor z is of layout sparse_coo"),
+        ("to_sparse_csr", "tensor z is of layout sparse_csr"),
+        ("meta", "tensor z is of device meta, without numbers"),
+        ("quantized", "tensor z is quantized by PyTorch"),
+        ("nested", "tensor z is nested"),
+        ("conj", "tensor z is a lazy conjugate"),
+    ],
+)
+def test_tensors_of_pytorch_that_are_not_plain_are_named(tmp_path, kind, message, key):
+    torch = pytest.importorskip("torch")
+    make = {
+        "meta": lambda: torch.empty(4, device="meta"),
+        "quantized": lambda: torch.quantize_per_tensor(torch.ones(4), 0.1, 0, torch.qint8),
+        "nested": lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+        "conj": lambda: torch.ones(4, dtype=torch.complex64).conj(),
+    }
+    odd = make[kind]() if kind in make else getattr(torch.eye(4), kind)()
+    state = {f"{Q}.weight": torch.ones(96, 256), "z": odd}
+    torch.save({key: state} if key else state, tmp_path / "a.pt")
+    output = tmp_path / "b.safetensors"
+    with pytest.raises(UserError, match=f"a.pt: {message}.*; valid: dense tensors.*; save it as"):
+        convert_to_int8(tmp_path / "a.pt", output, checkpoint_key=key, quiet=True, **SMALL)
+    assert not output.exists()
+
+
 @pytest.mark.skipif(importlib.util.find_spec("torch") is not None, reason="PyTorch is here")
 def test_without_pytorch_its_files_are_refused_with_the_way_out(tmp_path):
     (tmp_path / "a.pt").write_bytes(b"x")
@@ -565,6 +594,28 @@ def test_an_index_cannot_lead_out_of_its_folder(tmp_path):
             convert_to_int8(origin, tmp_path / "o.safetensors", **SMALL)
 
 
+@pytest.mark.parametrize("stem", ["model", "diffusion_pytorch_model.fp16", "flux"])
+@pytest.mark.parametrize("left", [1, 2])
+def test_shards_without_their_index_are_no_model(tmp_path, stem, left):
+    """Nor is one of them, which would be half a model."""
+    names = save_folder(tmp_path / "a", model(mx.float32), max_shard_bytes=70_000, stem=stem)
+    for name in names[left:]:
+        (tmp_path / "a" / name).unlink()
+    index = rf"{re.escape(stem)}\.safetensors\.index\.json"
+    with pytest.raises(UserError, match=f"{index} is missing beside its shards; copy it here"):
+        convert_to_int8(tmp_path / "a", tmp_path / "b.safetensors", quiet=True, **SMALL)
+    assert not (tmp_path / "b.safetensors").exists()
+
+
+def test_shards_of_any_name_are_found_by_their_index(tmp_path):
+    save_folder(tmp_path / "a", model(), max_shard_bytes=70_000, stem="flux")
+    (tmp_path / "one").mkdir()
+    save_tensors(tmp_path / "one" / "flux-00001-of-00001.safetensors", model())
+    for name in ("a", "one"):
+        convert_to_int8(tmp_path / name, tmp_path / f"{name}.safetensors", quiet=True, **SMALL)
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "one.safetensors").read_bytes()
+
+
 def test_a_tensor_in_two_shards_is_an_error(tmp_path):
     folder = save_sharded(tmp_path)
     first, second = sorted(folder.glob("*.safetensors"))[:2]
@@ -729,6 +780,29 @@ def test_a_kill_leaves_no_output_or_the_whole_one(tmp_path):
     assert run(STAGE, "--input", str(source), "--output", str(output)).returncode == 0
     assert contents(output.parent) == {output.name: whole}
     assert source.read_bytes() == untouched
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("start", [(STAGE,), ("src.cli", "convert-to-int8")])
+def test_ctrl_c_leaves_nothing_and_does_not_say_that_something_is_kept(tmp_path, start):
+    source, output = tmp_path / "in.safetensors", tmp_path / "out" / "out.safetensors"
+    big_checkpoint(source, layers=8, rows=4096)
+    process = subprocess.Popen(
+        [sys.executable, "-m", *start, "--input", str(source), "--output", str(output), "--quiet"],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+        # What was started in a shell's background is deaf to Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    while process.poll() is None and not list(output.parent.glob(".*")):
+        time.sleep(0.002)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    (line,) = filter(None, errors.splitlines())
+    assert line.startswith("stopped; no file is half written; run the same command again")
+    assert list(output.parent.iterdir()) == []
 
 
 def test_a_source_tells_its_tensors_in_the_order_of_the_disk(tmp_path):

@@ -134,7 +134,9 @@ def nested(data: Mapping[str, Any], key: str | None, path: Path) -> dict[str, An
     table = table_at(data, key) if key else data
     if table is None:
         table = below(data, key, path)
-    tensors = {str(n): t for n, t in table.items() if hasattr(t, "untyped_storage")}
+    tensors = {
+        str(n): plain(t, str(n), path) for n, t in table.items() if hasattr(t, "untyped_storage")
+    }
     if not tensors:
         tables = [str(name) for name, value in table.items() if isinstance(value, Mapping)]
         raise UserError(
@@ -142,6 +144,25 @@ def nested(data: Mapping[str, Any], key: str | None, path: Path) -> dict[str, An
             f"that holds them with --checkpoint_key (it has: {', '.join(tables[:8]) or 'none'})"
         )
     return tensors
+
+
+def plain(tensor: Any, name: str, path: Path) -> Any:
+    """The tensor, if its numbers are all there and lie as they are."""
+    layout = str(tensor.layout).removeprefix("torch.")
+    if tensor.is_meta:
+        kind = "of device meta, without numbers"
+    elif tensor.is_quantized:
+        kind = "quantized by PyTorch"
+    elif tensor.is_nested or layout != "strided":
+        kind = "nested" if tensor.is_nested else f"of layout {layout}"
+    elif tensor.is_conj() or tensor.is_neg():
+        kind = "a lazy conjugate or negative"
+    else:
+        return tensor
+    raise UserError(
+        f"{path}: tensor {name} is {kind}; valid: dense tensors that hold their own numbers; "
+        "save it as one, or leave it out"
+    )
 
 
 def table_at(data: Mapping[str, Any], key: str) -> Mapping[str, Any] | None:
