@@ -257,6 +257,50 @@ def test_what_does_not_fit_is_refused():
         INT8Linear.from_linear(linear)
 
 
+def test_codes_are_no_weight_to_quantize():
+    layer = INT8Linear.from_linear(linear_of())
+    for linear, dtype in ((layer, "int8"), (nn.QuantizedLinear(64, 64), "uint32")):
+        name = type(linear).__name__
+        way_out = f"weight of {name} is {dtype}, .*valid: floats; give the 16-bit linear"
+        with pytest.raises(UserError, match=way_out):
+            INT8Linear.from_linear(linear)
+    with pytest.raises(UserError, match="is int8, which is codes"):
+        INT8Linear(layer.weight)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (ROWS - 1,), (3, ROWS), (1, ROWS)])
+def test_a_bias_that_does_not_fit_is_refused(shape):
+    bias, weight = mx.zeros(shape), mx.array(array_of(ROWS, COLUMNS))
+    codes, scale = INT8Quantizer.quantize_per_channel(weight)
+    takes = [
+        lambda: INT8Linear(weight, bias),
+        lambda: INT8Linear.from_quantized(codes, scale, bias),
+        lambda: INT8LinearFunction.apply(mx.ones((2, COLUMNS)), codes, scale, bias),
+        lambda: INT8LinearFunction.apply(mx.ones((0, COLUMNS)), codes, scale, bias),
+    ]
+    for take in takes:
+        with pytest.raises(UserError, match=r"not fit a weight of 48 outputs; valid: \(48,\);"):
+            take()
+
+
+@pytest.mark.parametrize(
+    "codes, scale, valid",
+    [
+        ((6, 64), (5, 1), r"\(6, blocks\), the blocks dividing 64"),
+        ((6, 64), (6, 7), r"\(6, blocks\), the blocks dividing 64"),
+        ((6, 64), (6, 0), r"\(6, blocks\), the blocks dividing 64"),
+        ((6, 64), (6,), r"\(6, blocks\), the blocks dividing 64"),
+        ((6, 64), (), r"\(6, blocks\), the blocks dividing 64"),
+        ((2, 3, 64), (2, 3, 4), r"\(2, 3, 1\)"),
+        ((2, 3, 64), (3, 1), r"\(2, 3, 1\)"),
+        ((64,), (2,), r"\(1\)"),
+    ],
+)
+def test_scales_that_do_not_fit_are_refused(codes, scale, valid):
+    with pytest.raises(UserError, match=f"do not fit codes .*; valid: {valid}; give those"):
+        INT8Quantizer.dequantize(mx.zeros(codes, dtype=mx.int8), mx.ones(scale))
+
+
 def test_layers_say_what_they_are():
     layer = INT8Linear.from_linear(linear_of(), block_size=64)
     wanted = "INT8Linear(input_dims=256, output_dims=48, bias=True, block_size=64, backend=auto)"

@@ -23,6 +23,7 @@ from .checkpoint_layouts import to_stability
 from .helpers import assert_one_error_line, relative_error, run_here
 
 PROMPT = "a large red star in the center on a night background"
+SIXTEEN = NANO / "transformer.safetensors"
 BLOCK = {"enabled": True, "scope_attr": BLOCKS, "skip_keywords": ["adaLN_modulation"]}
 
 
@@ -30,8 +31,7 @@ BLOCK = {"enabled": True, "scope_attr": BLOCKS, "skip_keywords": ["adaLN_modulat
 def converted(tmp_path_factory) -> Path:
     """nano's transformer as the converter writes it, a scale for each output."""
     path = tmp_path_factory.mktemp("converted") / "nano-int8.safetensors"
-    source = NANO / "transformer.safetensors"
-    convert_to_int8(source, path, scheme="per-channel", min_features=1, quiet=True)
+    convert_to_int8(SIXTEEN, path, scheme="per-channel", min_features=1, quiet=True)
     return path
 
 
@@ -73,7 +73,7 @@ def test_every_way_to_int8_gives_the_same_picture(tmp_path, converted, latent):
     ways = [
         Int8(write(tmp_path / "a.json", **BLOCK)),
         Int8({"quantization": {**BLOCK, "scope_attr": "blocks"}}),
-        Int8({"quantization": {**BLOCK, "enabled": False}}, use_int8=True),
+        Int8({"quantization": BLOCK}, use_int8=True),
         Int8(int8_checkpoint=converted),
         Int8({"quantization": {**BLOCK, "checkpoint_is_quantized": True}}, False, converted),
     ]
@@ -198,8 +198,23 @@ def test_an_evaluation_compares_with_the_sixteen_bit_self(tmp_path, converted):
             Int8({"quantization": {"checkpoint_is_quantized": True}}, True),
             "checkpoint_is_quantized: true; leave one of them out",
         ),
-        (Int8({"quantization": {}}, False, "a.safetensors"), "does not say enabled: true"),
+        (
+            Int8({"quantization": {}}, False, "a.safetensors"),
+            "--int8_checkpoint is given, and the block does not say enabled: true",
+        ),
+        (
+            Int8({"quantization": {**BLOCK, "enabled": False}}, True),
+            "--use_int8 is given, and the block does not say enabled: true; say it, or leave one",
+        ),
         (Int8({"quantization": {"enabled": 1}}), "quantization.enabled is 1; valid: true or false"),
+        (
+            Int8({"quantization": {**BLOCK, "checkpoint_is_quantized": True}}, False, SIXTEEN),
+            "no INT8 codes .* say checkpoint_is_quantized: false",
+        ),
+        (
+            Int8(int8_checkpoint=SIXTEEN),
+            "no INT8 codes .* convert it with `python -m src.convert_to_int8`, or give --use_int8",
+        ),
         (Int8("a.toml"), "valid endings: .json, .yaml, .yml"),
         (Int8("missing.json"), "missing.json"),
         (Int8(int8_checkpoint="missing.safetensors"), "missing.safetensors does not exist"),
@@ -223,8 +238,7 @@ def test_files_of_another_kind_are_one_error_line(tmp_path, converted):
         assert_one_error_line(result, options[-1])
         assert not list(tmp_path.glob("*.png"))
 
-    sixteen = NANO / "transformer.safetensors"
-    error("--int8_checkpoint", str(sixteen), "checkpoint_is_quantized: false")
+    error("--int8_checkpoint", str(SIXTEEN), "python -m src.convert_to_int8")
     error("--int8_checkpoint", str(converted), "--model", "tiny", "nano-int8.safetensors")
     (tmp_path / "cut.safetensors").write_bytes(converted.read_bytes()[:-1000])
     error("--int8_checkpoint", "cut.safetensors", "cut.safetensors is damaged")
@@ -234,6 +248,7 @@ def test_files_of_another_kind_are_one_error_line(tmp_path, converted):
     save_tensors(tmp_path / "scales.safetensors", tensors)
     error("--int8_checkpoint", "scales.safetensors", f"{path}.weight_scale")
     folder = own_folder(tmp_path, converted)
+    error("--model", str(folder), "--use_int8", "leave --use_int8 out, or give the file as --int8")
     off = str(write(tmp_path / "off.json"))
     error("--model", str(folder), "--quantization", off, "does not say enabled: true")
 

@@ -229,6 +229,16 @@ def test_a_file_that_does_not_fit_changes_nothing(tmp_path, tensors, message):
     np.testing.assert_array_equal(np.array(module_at(model, "blocks.0.to_q").weight), wanted)
 
 
+@pytest.mark.parametrize("apply", [merge_lora, attach_lora])
+@pytest.mark.parametrize("scale", [np.nan, np.inf, -np.inf])
+def test_a_scale_that_is_not_finite_is_refused(tmp_path, apply, scale):
+    model, file = model_of(), file_of(tmp_path, "peft")[0]
+    with pytest.raises(UserError, match=f"scale {scale} of a LoRA is not finite; valid: any fin"):
+        apply(model, file, scale)
+    wanted = np.array(module_at(model_of(), "blocks.0.to_q").weight)
+    np.testing.assert_array_equal(np.array(module_at(model, "blocks.0.to_q").weight), wanted)
+
+
 def test_nan_and_missing_files_are_refused(tmp_path):
     file, _ = file_of(tmp_path, "kohya", **{"lora_unet_head.alpha": mx.array(mx.nan)})
     with pytest.raises(UserError, match="lora_unet_head has no"):

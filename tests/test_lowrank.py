@@ -11,6 +11,7 @@ from src.models.load import load_pipeline
 from src.models.prompts import load_prompts
 from src.quant.artifacts import LayerConfig
 from src.quant.grid import output_error
+from src.quant.int8 import INT8Linear
 from src.quant.int8_operators import INT8Quantizer
 from src.quant.linear import QuantizedLinear, Runtime
 from src.quant.lowrank import (
@@ -250,6 +251,30 @@ def test_what_does_not_fit_is_refused():
         ALRDLinearINT8.from_linear(linear, error=1.5)
     with pytest.raises(UserError, match="100 bytes hold no rank of a 48×96 weight; valid: 432"):
         ALRDLinearINT8.from_linear(linear, size=100)
+
+
+def test_what_holds_nan_or_is_of_another_layer_is_named():
+    linear, hessian = linear_of(), hessian_of(inputs_of())
+    broken = mx.where(hessian == hessian[3, 5], mx.inf, hessian)
+    fits = {
+        "ALRD": lambda layer, h: ALRDLinearINT8.from_linear(layer, 4, hessian=h),
+        "residual": lambda layer, h: round_residual(layer.weight, h, 4),
+    }
+    for fit in fits.values():
+        with pytest.raises(UserError, match="the Hessian holds NaN or infinity, 2 of its 9216 num"):
+            fit(linear, broken)
+        with pytest.raises(UserError, match=r"a Hessian of shape \(4, 4\) .* valid: \(96, 96\)"):
+            fit(linear, mx.eye(4))
+    for bias in (mx.zeros(5), mx.zeros(1)):
+        linear.bias = bias
+        with pytest.raises(UserError, match=r"does not fit a weight of 48 outputs; valid: \(48,\)"):
+            ALRDLinearINT8.from_linear(linear, 4)
+    with pytest.raises(UserError, match="the weight of INT8Linear is int8, which is codes"):
+        ALRDLinearINT8.from_linear(INT8Linear.from_linear(linear_of()), 4)
+    linear.weight[3, 4] = mx.nan
+    for fit in fits.values():
+        with pytest.raises(UserError, match="the weight holds NaN or infinity, 1 of its 4608 num"):
+            fit(linear, hessian)
 
 
 @pytest.mark.slow

@@ -284,6 +284,15 @@ def test_yaml_without_its_package_names_the_way_out(tmp_path, monkeypatch):
         QuantizationBlock.read(tmp_path / "a.yaml")
 
 
+def test_a_yaml_key_may_take_the_place_of_a_merged_one(tmp_path):
+    pytest.importorskip("yaml")
+    (tmp_path / "a.yaml").write_text(
+        "deep: {base: &base {<<: &on {enabled: true}, enabled: false, scope_attr: a}}\n"
+        "quantization: {<<: *base, enabled: true}"
+    )
+    assert QuantizationBlock.read(tmp_path / "a.yaml") == QuantizationBlock(True, scope_attr="a")
+
+
 @pytest.mark.parametrize(
     "block, message",
     [
@@ -305,6 +314,10 @@ def test_a_block_that_says_something_else_is_refused(block, message):
     [
         ("a.toml", "", "valid endings: .json, .yaml, .yml"),
         ("a.yaml", "a: [", "is not YAML"),
+        ("a.yaml", "quantization: {}\nmodel: a\nquantization: {}", "'quantization' is there twice"),
+        ("a.yml", "quantization: {enabled: true, enabled: false}", "'enabled' is there twice"),
+        ("a.json", '{"quantization": {}, "quantization": {}}', "'quantization' is there twice"),
+        ("a.yaml", "made: 2001-99-99", "is not YAML that this program reads"),
         ("a.yaml", "- 1", "holds a list, not a table"),
         ("a.yml", None, "does not exist"),
         ("a.json", "[]", "not an object"),

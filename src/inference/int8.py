@@ -27,7 +27,7 @@ from ..models.pipeline import Pipeline
 from ..models.sd3_load import find_files, load_sd3
 from ..quant.int8 import INT8Linear
 from ..quant.int8_operators import AUTO, check_backend
-from ..quant.replace import SCOPE, QuantizationBlock, prepare_int8
+from ..quant.replace import SCOPE, OtherKind, QuantizationBlock, prepare_int8
 from ..store import hash_file, hash_json, load_tensors, read_header
 from .kernels import join, rows_of
 from .low_memory import Reread
@@ -38,6 +38,10 @@ PRE_QUANTIZED = "loading pre-quantized INT8 checkpoint"
 WHILE_LOADING = QuantizationBlock(True, False, BLOCKS, (MODULATION,))
 CONVERTED = replace(WHILE_LOADING, checkpoint_is_quantized=True)
 TRANSFORMER = "transformer.safetensors"  # in a pipeline's folder
+
+# Ways out where an option was given and no block, for a checkpoint of the other kind.
+LEAVE_OUT = "leave --use_int8 out, or give the file as --int8_checkpoint instead"
+CONVERT = "convert it with `python -m src.convert_to_int8`, or give --use_int8 instead"
 
 Tell = Callable[[str], object]
 
@@ -69,15 +73,16 @@ class Int8:
                 "--use_int8 quantizes a 16-bit checkpoint, and the block says "
                 "checkpoint_is_quantized: true; leave one of them out"
             )
-        if self.int8_checkpoint is not None and said and not block.enabled:
+        if (self.use_int8 or self.int8_checkpoint is not None) and said and not block.enabled:
+            option = "--use_int8" if self.use_int8 else "--int8_checkpoint"
             raise UserError(
-                "--int8_checkpoint is given, and the block does not say enabled: true; say it, or "
-                "leave one of them out"
+                f"{option} is given, and the block does not say enabled: true; say it, or leave "
+                "one of them out"
             )
         if self.int8_checkpoint is not None and not said:
             block = CONVERTED
-        elif self.use_int8:
-            block = replace(block, enabled=True) if said else WHILE_LOADING
+        elif self.use_int8 and not said:
+            block = WHILE_LOADING
         return replace(block, scope_attr=BLOCKS) if block.scope_attr == SCOPE else block
 
 
@@ -169,12 +174,20 @@ class Put:
         try:
             paths = prepare_int8(model, self.block, checkpoint, backend=self.backend)
         except UserError as error:
-            known = path is None or str(path) in str(error)
-            raise UserError(str(error) if known else f"{path}: {error}") from None
+            message = self.said(error)
+            known = path is None or str(path) in message
+            raise UserError(message if known else f"{path}: {message}") from None
         if self.block.checkpoint_is_quantized:
             self.tell(f"{PRE_QUANTIZED} {path}")
         else:
             self.tell(f"quantized {len(paths)} layers to INT8 while loading")
+
+    def said(self, error: UserError) -> str:
+        """The message, whose way out names what was given: the block, or else the option."""
+        option = self.int8.quantization is None and isinstance(error, OtherKind)
+        if option and error.is_int8 == self.int8.use_int8:
+            return f"{error.what}; {LEAVE_OUT if error.is_int8 else CONVERT}"
+        return str(error)
 
 
 def folder_of(model: Model) -> Path | None:

@@ -24,6 +24,7 @@ from .paths import BLOCKS
 
 IMAGE, TEXT = "image_transformer_block", "text_transformer_block"
 STEMS = ("diffusion_pytorch_model", "model")  # diffusers' and everybody else's
+SHARD = re.compile(r"(.+)-\d{5}-of-(?!00001)\d{5}\b.*\.safetensors$")
 CODES_SCALE = ".weight_scale"  # ends the name of what stands beside a layer's INT8 codes
 HEAD_DIM = 64  # of every published SD3; only a QK norm tells it otherwise
 POSITIONS = "x_pos_embedder.pos_embed.weight"
@@ -138,6 +139,9 @@ def stem_of(folder: Path) -> str:
             )
             if single in names or index in names:
                 return f"{stem}{variant}"
+    sharded = [match[1] for name in names if (match := SHARD.match(name))]
+    if sharded and all(name.startswith(sharded[0]) for name in names):
+        return sharded[0]  # and the store says so where the index of the shards is missing
     if len(names) == 1 and names[0].endswith(".safetensors"):
         return names[0].removesuffix(".safetensors")
     held = ", ".join(names) or "none"

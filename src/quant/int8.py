@@ -20,6 +20,7 @@ from .int8_operators import (
     INT8Quantizer,
     backend_for,
     check_backend,
+    check_bias,
     checked_weight,
     quantized,
     token_grid,
@@ -43,7 +44,7 @@ class INT8Linear(Fused, nn.Module):
 
     def __init__(self, weight: mx.array, bias: mx.array | None = None, backend: str = AUTO) -> None:
         """Quantizes a float weight, one scale an output channel."""
-        codes, scale = quantized(weight, 0)
+        codes, scale = quantized(weight, 0, type(self).__name__)
         self._take(codes, scale, bias, backend)
 
     def _take(
@@ -52,6 +53,7 @@ class INT8Linear(Fused, nn.Module):
         super().__init__()
         check_backend(backend)
         checked_weight(codes, scale)
+        check_bias(bias, len(codes))
         self._backend_name, self._is_shell = backend, False
         self.weight, self.weight_scale = codes, scale
         if bias is not None:
@@ -155,7 +157,7 @@ class INT8Linear(Fused, nn.Module):
         cls, linear: nn.Linear, backend: str = AUTO, *, block_size: int = 0
     ) -> INT8Linear:
         """A scale for each output channel, or for each block of that many inputs."""
-        codes, scale = quantized(linear.weight, block_size)
+        codes, scale = quantized(linear.weight, block_size, type(linear).__name__)
         return cls.from_quantized(codes, scale, linear.get("bias"), backend)
 
     @classmethod

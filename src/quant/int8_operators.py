@@ -70,6 +70,7 @@ class INT8Quantizer:
     @staticmethod
     def dequantize(codes: mx.array, scale: mx.array) -> mx.array:
         """float32 values; the scales are those of any of the three."""
+        check_scales(codes, scale)
         if codes.ndim == 2:
             return dequantize(codes, scale)
         return codes.astype(mx.float32) * scale
@@ -120,10 +121,10 @@ class INT8LinearFunction:
         check_floats(x)
         if x.ndim == 1:
             return INT8LinearFunction.apply(x[None], w_int8, w_scale, bias, backend)[0]
-        if x.size == 0:
-            checked_weight(w_int8, w_scale, x.shape[-1])
-            return mx.zeros((*x.shape[:-1], len(w_int8)), dtype=x.dtype)
         weight = checked_weight(w_int8, w_scale, x.shape[-1])
+        check_bias(bias, len(w_int8))
+        if x.size == 0:
+            return mx.zeros((*x.shape[:-1], len(w_int8)), dtype=x.dtype)
         chosen, dtype = backend_for(backend, x.size // weight.columns, weight, x.dtype)
         operand = chosen.prepare(weight, dtype, LIMIT)
         if isinstance(chosen, Fusing) and chosen.fuses(operand) and x.dtype != mx.float32:
@@ -159,8 +160,9 @@ def token_grid() -> InputGrid:
     return InputGrid(mx.ones(1), mx.array([float(LIMIT)]), per_token=True)
 
 
-def quantized(weight: mx.array, block_size: int) -> tuple[mx.array, mx.array]:
+def quantized(weight: mx.array, block_size: int, owner: str) -> tuple[mx.array, mx.array]:
     """Codes and scales of a weight, computed now; one that is not finite is an error."""
+    check_float_weight(weight, owner)
     if block_size:
         codes, scale = INT8Quantizer.quantize_blockwise(weight, block_size)
     else:
@@ -226,6 +228,39 @@ def check_matrix(weight: mx.array) -> None:
         )
 
 
+def check_float_weight(weight: mx.array, owner: str) -> None:
+    """Raises for codes, which are no weight without their scales; `owner` is a layer's type."""
+    if not mx.issubdtype(weight.dtype, mx.floating):
+        dtype = str(weight.dtype).removeprefix("mlx.core.")
+        raise UserError(
+            f"the weight of {owner} is {dtype}, which is codes; valid: floats; give the 16-bit "
+            "linear that it was made from"
+        )
+
+
+def check_bias(bias: mx.array | None, rows: int) -> None:
+    if bias is not None and tuple(bias.shape) != (rows,):
+        raise UserError(
+            f"a bias of shape {tuple(bias.shape)} does not fit a weight of {rows} outputs; valid: "
+            f"{(rows,)}; give that of the weight's own layer, or none"
+        )
+
+
+def check_scales(codes: mx.array, scale: mx.array) -> None:
+    """Raises unless each row, or in a matrix each of its equal blocks, has a scale."""
+    *rows, columns = codes.shape or (0,)
+    *own, groups = scale.shape or (0,)
+    several = groups > 1 and len(rows) != 1
+    if own != rows or several or groups == 0 or columns % groups:
+        valid = ", ".join(map(str, [*rows, "blocks" if len(rows) == 1 else 1]))
+        blocks = f", the blocks dividing {columns}" if len(rows) == 1 else ""
+        raise UserError(
+            f"scales of shape {tuple(scale.shape)} do not fit codes of shape "
+            f"{tuple(codes.shape)}; valid: ({valid}){blocks}; give those that the codes were "
+            "quantized with"
+        )
+
+
 def checked_weight(codes: mx.array, scale: mx.array, inputs: int | None = None) -> ByteWeight:
     """Raises unless these are int8 codes and float32 scales that fit each other and the input."""
     check_matrix(codes)
@@ -233,12 +268,8 @@ def checked_weight(codes: mx.array, scale: mx.array, inputs: int | None = None) 
         raise UserError(
             f"codes are {codes.dtype} and scales {scale.dtype}; valid: int8 and float32"
         )
-    rows, columns = codes.shape
-    if scale.ndim != 2 or len(scale) != rows or columns % max(1, scale.shape[1]):
-        raise UserError(
-            f"scales of shape {tuple(scale.shape)} do not fit codes of shape {(rows, columns)}; "
-            f"valid: ({rows}, blocks), the blocks dividing {columns}"
-        )
+    check_scales(codes, scale)
+    columns = codes.shape[1]
     if inputs is not None and inputs != columns:
         raise UserError(f"an input of {inputs} channels meets an INT8 weight of {columns}")
     return ByteWeight(codes, scale)

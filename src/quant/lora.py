@@ -7,6 +7,7 @@ with an `.alpha` beside it. INT8 takes no adapter at run time, so there it is fo
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -143,6 +144,11 @@ def check_fit(file: str | Path, path: str, module: nn.Module, adapter: Adapter, 
 
 def read_lora(file: str | Path, scale: float = 1.0) -> dict[str, Adapter]:
     """Adapters by the linear's name in the file, the style's own prefix still on it."""
+    if not math.isfinite(scale):
+        raise UserError(
+            f"scale {scale} of a LoRA is not finite; valid: any finite number, 1 to take it as it "
+            "was trained"
+        )
     tensors = load_tensors(file)
     parts: dict[str, dict[str, mx.array]] = {}
     for key, tensor in tensors.items():

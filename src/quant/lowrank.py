@@ -19,7 +19,15 @@ from ..errors import UserError
 from .artifacts import LayerConfig
 from .gptq import gptq_codes
 from .grid import dequantize, guarded_scale, output_error
-from .int8_operators import AUTO, INT8LinearFunction, INT8Quantizer, check_backend
+from .int8_operators import (
+    AUTO,
+    INT8LinearFunction,
+    INT8Quantizer,
+    check_backend,
+    check_bias,
+    check_float_weight,
+    check_matrix,
+)
 from .linear import QuantizedLinear, Runtime, as_float32, step_bias
 from .packing import pack_codes
 
@@ -112,6 +120,7 @@ def round_residual(
     The best of all turns is kept. Rank 0 is GPTQ alone.
     """
     weight = weight.astype(mx.float32)
+    check_sound(weight, hessian)
     check_rank(rank, *weight.shape, least=0)
     if rank == 0:
         return rounded_without(weight, None, hessian, bits, group_size)
@@ -172,6 +181,23 @@ def branched_linear(
     )
 
 
+def check_sound(weight: mx.array, hessian: mx.array) -> None:
+    """Raises unless both are finite, and the Hessian is of the weight's inputs."""
+    check_matrix(weight)
+    columns = weight.shape[1]
+    if tuple(hessian.shape) != (columns, columns):
+        raise UserError(
+            f"a Hessian of shape {tuple(hessian.shape)} does not fit a weight of {columns} inputs; "
+            f"valid: {(columns, columns)}, XᵀX of its inputs"
+        )
+    for name, matrix in (("weight", weight), ("Hessian", hessian)):
+        if bad := int((~mx.isfinite(matrix)).sum()):
+            raise UserError(
+                f"the {name} holds NaN or infinity, {bad} of its {matrix.size} numbers; valid: "
+                "finite ones; give a sound checkpoint, and inputs that are finite"
+            )
+
+
 def check_rank(rank: int, rows: int, columns: int, least: int = 1) -> None:
     if not least <= rank <= min(rows, columns):
         raise UserError(
@@ -217,9 +243,13 @@ class ALRDLinearINT8(nn.Module):
         Give the rank; or `error`, the share of the outputs' power that may be lost, for the least
         rank that keeps to it before rounding; or `size` in bytes, for the largest rank that fits.
         """
+        check_float_weight(linear.weight, type(linear).__name__)
         weight = linear.weight.astype(mx.float32)
+        check_matrix(weight)
         rows, columns = weight.shape
         hessian = mx.eye(columns) if hessian is None else hessian.astype(mx.float32)
+        check_sound(weight, hessian)
+        check_bias(linear.get("bias"), rows)
         rank = chosen_rank(weight, hessian, rank, error, size)
         layer = cls(columns, rows, rank, "bias" in linear, backend)
         down, layer.up = alternated(weight, hessian, rank, rounds)

@@ -7,7 +7,6 @@ that the codes are those of the checkpoint's own values.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -18,7 +17,8 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from ..errors import UserError
-from ..store import load_folder, load_tensors, read_json
+from ..store import load_folder, load_tensors
+from .config_file import read_config
 from .int8 import PROTECTED, INT8Linear
 from .int8_operators import AUTO, check_backend
 
@@ -204,29 +204,12 @@ class QuantizationBlock:
         return cls(**{**block, "skip_keywords": keywords_of(words)})
 
 
-def read_config(path: str | Path) -> Mapping[str, Any]:
-    """What a .json, .yaml or .yml file holds."""
-    path = Path(path)
-    if path.suffix == ".json":
-        return read_json(path)
-    if path.suffix not in (".yaml", ".yml"):
-        raise UserError(f"{path} is no configuration; valid endings: .json, .yaml, .yml")
-    if importlib.util.find_spec("yaml") is None:
-        raise UserError(
-            f"{path} is YAML, which needs PyYAML: `pip install pyyaml`, or write it as JSON"
-        )
-    import yaml
+class OtherKind(UserError):
+    """A checkpoint that is not what the block says of it; `what` is the message but the way out."""
 
-    try:
-        held = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist; give a .json, .yaml or .yml file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not YAML ({' '.join(str(error).split())})") from None
-    held = {} if held is None else held
-    if not isinstance(held, Mapping):
-        raise UserError(f"{path} holds a {type(held).__name__}, not a table")
-    return held
+    def __init__(self, what: str, way_out: str, *, is_int8: bool) -> None:
+        super().__init__(f"{what}; {way_out}")
+        self.what, self.is_int8 = what, is_int8
 
 
 # A safetensors file, a folder of them, tensors by the model's own names, or what gives these.
@@ -320,10 +303,11 @@ class LoadOrder:
         """As many blocks of scales as the checkpoint has; floats where it has kept those."""
         kept = {path: shape_of(tensors.get(f"{path}.weight_scale")) for path in self.paths}
         if all(scale is None for scale in kept.values()):
-            raise UserError(
+            raise OtherKind(
                 f"the checkpoint has no INT8 codes of {self.paths[0]} or any other layer of "
-                f"{self.block.scope_attr!r}; say checkpoint_is_quantized: false, and it is "
-                "quantized while it is loaded"
+                f"{self.block.scope_attr!r}",
+                "say checkpoint_is_quantized: false, and it is quantized while it is loaded",
+                is_int8=False,
             )
         layers = []
         for path, scale in kept.items():
@@ -377,10 +361,12 @@ def check_kinds(model: nn.Module, tensors: Mapping[str, mx.array]) -> None:
     missing, extra = sorted(set(own) - set(tensors)), sorted(set(tensors) - set(own))
     scaled = [name for name in extra if name.endswith(f".{PROTECTED[1]}")]
     if scaled:
-        raise UserError(
+        raise OtherKind(
             f"the checkpoint is INT8 at {scaled[0].rpartition('.')[0]}, where the model has a "
-            "linear of 16 bits; say checkpoint_is_quantized: true, and the scope and keywords "
-            "that it was converted with"
+            "linear of 16 bits",
+            "say checkpoint_is_quantized: true, and the scope and keywords that it was converted "
+            "with",
+            is_int8=True,
         )
     if missing or extra:
         name, what = (missing[0], "lacks") if missing else (extra[0], "has, beyond the model's,")

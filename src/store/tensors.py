@@ -223,7 +223,9 @@ def _index_of(folder: Path, stem: str) -> Path | None:
             return found
     single = folder / f"{stem}.safetensors"
     if not os.path.exists(single) and any(folder.glob(f"{stem}-*-of-*.safetensors")):
-        raise UserError(f"{index} is missing beside its shards; make the folder again")
+        raise UserError(
+            f"{index} is missing beside its shards; copy it here too, or make the folder again"
+        )
     return None
 
 
