@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,16 @@ from tqdm import tqdm
 
 from .activation_track.collection import collect_image, finish, sources
 from .calibration import activations
-from .calibration.replay import strided_pairs
+from .calibration.replay import Pair, strided_pairs
 from .calibration.statistics import Collector
-from .calibration.trajectories import open_with_pipeline
+from .calibration.trajectories import Trajectories, open_with_pipeline
 from .cli import command, peak_memory_bytes
 from .distributed import Ranks, open_manifest
 from .errors import UserError
 from .model_options import model_options
 from .models.load import Model
 from .models.pipeline import Pipeline
+from .quant.schedule import Schedule
 from .store import folder_lock, human_bytes, require_space, require_writable
 
 
@@ -36,11 +38,14 @@ def collect_layer_activations(
     if batch_size < 1:
         raise UserError(f"--batch-size must be at least 1, got {batch_size}")
     trajectories, pipeline = open_with_pipeline(calib_dir, model)
-    pairs = strided_pairs(trajectories, num_images, stride)
+    strided = strided_pairs(trajectories, num_images, stride)
+    pairs = covering(trajectories, strided)
     steps = sorted({step for _, step in pairs})
     folder, ranks = trajectories.folder / "activations", Ranks.here()
     require_writable(folder)
     settings = {"num_images": num_images, "stride": stride, "batch_size": batch_size}
+    if len(pairs) > len(strided):
+        settings["last_step"] = steps[-1]
     with folder_lock(folder, rank=ranks.store_rank):
         manifest = open_manifest(
             folder,
@@ -67,6 +72,16 @@ def collect_layer_activations(
     return folder
 
 
+def covering(trajectories: Trajectories, pairs: Sequence[Pair]) -> list[Pair]:
+    """And each image's last step, where its noise level would lie outside of what is calibrated:
+    then not even the trajectories' own schedule could be drawn."""
+    sigmas = [float(sigma) for sigma in trajectories.sigmas[: trajectories.num_steps]]
+    steps = sorted({step for _, step in pairs})
+    if Schedule(tuple(sigmas[step] for step in steps)).covers(sigmas[-1]):
+        return list(pairs)
+    return sorted({*pairs, *((image, len(sigmas) - 1) for image, _ in pairs)})
+
+
 def announce(folder: Path, pipeline: Pipeline, todo: int, steps: int, images: int) -> None:
     """Says what the work will take, and refuses it where the disk is too small."""
     one = activations.sample_bytes(pipeline.transformer) * steps
@@ -82,7 +97,7 @@ def announce(folder: Path, pipeline: Pipeline, todo: int, steps: int, images: in
 @click.option("--calib-dir", default="calibration_data", help="Folder of stage 1.")
 @model_options(help="Name or folder.  [default: the model that made the folder]")
 @click.option("--num-images", default=5, help="Images to replay.")
-@click.option("--stride", default=2, help="Every which step of each.")
+@click.option("--stride", default=2, help="Every which step; and the last, where it lies apart.")
 @click.option("--batch-size", default=4, help="Steps replayed together.")
 @click.option(
     "--force", is_flag=True, help="Start afresh in a folder that holds other work.  [off]"

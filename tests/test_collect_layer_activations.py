@@ -7,11 +7,13 @@ import sys
 from pathlib import Path
 
 from src.calibration.activations import ActivationStatistics
+from src.calibration.trajectories import Trajectories
 from src.collect_layer_activations import collect_layer_activations
 from src.errors import UserError
 from src.generate_calibration_data import generate_calibration_data
 from src.models.load import load_pipeline
 from src.models.paths import block_linears
+from src.quant.schedule import Schedule
 from src.store import load_npz, read_json, read_manifest, save_npz
 
 import numpy as np
@@ -50,6 +52,17 @@ def copy(undisturbed, tmp_path) -> Path:
     """A copy of the calibration folder, activations included."""
     shutil.copytree(undisturbed.parent, tmp_path / "copy")
     return tmp_path / "copy"
+
+
+def test_what_is_calibrated_reaches_the_schedules_end(tmp_path):
+    """Else the trajectories' own noise levels could not be drawn; the last step is added."""
+    generate_calibration_data(calib_dir=tmp_path, model="tiny", num_images=1, num_steps=8)
+    sigmas = Trajectories.open(tmp_path).sigmas[:8]
+    for stride, steps in ((3, [0, 3, 6]), (4, [0, 4, 7]), (8, [0, 7])):
+        folder = collect_layer_activations(tmp_path, num_images=1, stride=stride, force=True)
+        known = ActivationStatistics.open(folder)
+        assert known.step_keys == steps
+        Schedule(tuple(known.sigmas)).check(sigmas)
 
 
 def test_writes_exactly_the_promised_files(undisturbed):

@@ -34,16 +34,20 @@ class Schedule:
                 f"calibrated sigmas must fall and be above 0, got {list(self.sigmas)[:8]}"
             )
 
-    def check(self, sigmas: Sequence[float]) -> None:
-        """Raises for sigmas further outside the calibrated ones than these lie from each other."""
+    def covers(self, sigma: float) -> bool:
+        """Whether it lies no further outside the calibrated ones than these lie from each other."""
         known = self.sigmas
         first, last = (known[0] - known[1], known[-2] - known[-1]) if len(known) > 1 else (0, 0)
         slack = SAME_SIGMA * known[0]
+        return known[-1] - last - slack <= sigma <= known[0] + first + slack
+
+    def check(self, sigmas: Sequence[float]) -> None:
+        """Raises for sigmas that are not covered."""
         for sigma in sigmas:
-            if not known[-1] - last - slack <= sigma <= known[0] + first + slack:
+            if not self.covers(sigma):
                 raise UserError(
-                    f"sigma {sigma:.4g} is outside the calibrated range, {known[-1]:.4g} to "
-                    f"{known[0]:.4g}; collect activations at more steps, or use a schedule "
+                    f"sigma {sigma:.4g} is outside the calibrated range, {self.sigmas[-1]:.4g} to "
+                    f"{self.sigmas[0]:.4g}; collect activations at more steps, or use a schedule "
                     "within it"
                 )
 
