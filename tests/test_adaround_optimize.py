@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -316,6 +317,18 @@ def test_damaged_caches_are_refused(cache, tmp_path):
     with pytest.raises(UserError, match="0001_002.npz.*text_0.*nan"):
         adaround_optimize(folder, tmp_path / "o", **settings)
     assert not list((tmp_path / "o").glob("weights/*"))
+
+
+def test_rounding_that_learns_nothing_is_not_refused_for_what_learning_needs(
+    cache, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(planning, "memory_bytes", lambda: 10**5)
+    needed = {}
+    for method in ("gptq", "adaround"):
+        with pytest.raises(UserError, match="of memory") as refused:
+            adaround_optimize(cache, tmp_path / "o", **{**SMALL, "refine": 0, "method": method})
+        needed[method] = float(re.search(r"about ([\d.]+) MB", str(refused.value))[1])
+    assert needed["gptq"] < 0.8 * needed["adaround"]
 
 
 def test_too_little_memory_is_refused_before_the_work(cache, tmp_path, monkeypatch):

@@ -31,6 +31,8 @@ RATES = {"adaround": 1e-1, "ste": 2e-3}
 WEIGHT_COPIES = 9
 # Float32 values of the hidden size that one token of a minibatch leaves for the gradient.
 ACTIVATIONS_PER_TOKEN = 150
+# Without learning: codes, Hessians and candidates; and what a token's forward computes and records.
+LADDER_COPIES, FORWARD_PER_TOKEN = 7, 25
 ATTENTION_COPIES = 4  # of (heads, tokens, tokens) for each row, where attention is not fused
 # Refining is the default for networks that a plain machine refines in minutes.
 REFINE, REFINED_BY_DEFAULT = 400, 100_000_000  # iterations; weights
@@ -265,9 +267,9 @@ def disk_bytes(plan: Plan) -> int:
     return 2 * total if plan.refines else total
 
 
-def values_per_row(config: MMDiTConfig, tokens: int) -> int:
-    """Float32 values that one block keeps of one row of a minibatch for the gradient."""
-    values = tokens * config.hidden * ACTIVATIONS_PER_TOKEN
+def values_per_row(config: MMDiTConfig, tokens: int, learns: bool = True) -> int:
+    """Float32 values that one block keeps of one row of a minibatch, for the gradient if any."""
+    values = tokens * config.hidden * (ACTIVATIONS_PER_TOKEN if learns else FORWARD_PER_TOKEN)
     if not compiling_is_faster():
         values += config.heads * tokens**2 * ATTENTION_COPIES
     return values
@@ -288,10 +290,11 @@ def memory_bytes_needed(plan: Plan) -> int:
         linear.weight.size for linear in block_paths(plan.pipeline.transformer, 0).values()
     )
     batch = min(plan.options.batch_size, rows)
-    per_row = values_per_row(config, tokens)
+    learns = plan.options.method in LEARNED
+    copies = WEIGHT_COPIES if learns else LADDER_COPIES
+    per_row = values_per_row(config, tokens, learns)
     streams = 2 if plan.options.prefix == "quantized" or plan.cache.entry_only else 1
-    learning = WEIGHT_COPIES * weights + batch * per_row
-    return streams * data + 4 * iterations_at_once() * learning
+    return streams * data + 4 * iterations_at_once() * (copies * weights + batch * per_row)
 
 
 def refining_bytes_needed(plan: Plan, ranks: int) -> int:
