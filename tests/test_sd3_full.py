@@ -74,6 +74,17 @@ def test_what_time_did_not_allow_is_listed(tmp_path):
     assert len(re.findall(r"\| not run \|", page)) == len(data["rows"])
 
 
+def test_a_models_runs_stand_beside_each_other(tmp_path):
+    settings = Settings("sd3-medium", pixels=(64,))
+    for run in ("", "without T5"):
+        Bench(settings, True, tmp_path, tmp_path, run=run).run(seconds=0)
+    page = (tmp_path / "sd3_full.md").read_text()
+    assert re.findall("^## .*", page, re.M) == [
+        "## sd3-medium (tiny)",
+        "## sd3-medium (tiny), without T5",
+    ]
+
+
 def test_a_stage_that_fails_is_a_row_with_its_last_line(tmp_path):
     bench = Bench(Settings("sd3-medium", pixels=(64,)), True, tmp_path, tmp_path)
     opened = stages(bench.settings, True)[1]

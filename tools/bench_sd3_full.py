@@ -44,12 +44,19 @@ class Bench:
     """One model's run in one folder, and what it has found so far."""
 
     def __init__(
-        self, settings: Settings, tiny: bool, work: Path, report: Path, note: str = ""
+        self,
+        settings: Settings,
+        tiny: bool,
+        work: Path,
+        report: Path,
+        note: str = "",
+        run: str = "",
     ) -> None:
         self.settings, self.tiny, self.work, self.report = settings, tiny, work, report
         self.data: dict[str, Any] = {
             "machine": machine(),
             "model": settings.model,
+            "run": run,
             "tiny": tiny,
             "settings": settings.described(),
             "note": note,
@@ -181,6 +188,7 @@ def emptied(work: Path) -> Path:
 @click.option("--learned", default=Settings.learned, show_default=True, help="Blocks, by AdaRound.")
 @click.option("--iters", default=Settings.iters, show_default=True, help="Of these blocks.")
 @click.option("--tiny", is_flag=True, help="A model of a few megabytes, to try the command.")
+@click.option("--run", default="", help="What sets it apart from the model's other runs.")
 @click.option("--note", default="", help="What else the machine did meanwhile, for the report.")
 @click.option("--output", type=click.Path(path_type=Path), help="Of the report.")
 def main(
@@ -189,6 +197,7 @@ def main(
     seconds: float,
     pixels: tuple[int, ...],
     tiny: bool,
+    run: str,
     note: str,
     output: Path | None,
     **settings: Any,
@@ -198,7 +207,7 @@ def main(
     with tempfile.TemporaryDirectory() as scratch:
         folder = emptied(work or Path(scratch))
         report = output or (folder if tiny else FOLDER)
-        bench = Bench(Settings(model, pixels=chosen, **settings), tiny, folder, report, note)
+        bench = Bench(Settings(model, pixels=chosen, **settings), tiny, folder, report, note, run)
         bench.run(seconds)
         rows = bench.data["rows"]
         done = sum(row["status"] == "done" for row in rows)

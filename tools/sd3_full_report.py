@@ -16,10 +16,12 @@ JUDGED_BYTES = 10**9  # below this, Python itself outweighs the model
 
 
 def write(folder: Path, data: dict[str, Any]) -> None:
-    """One model's figures, and the page of all models that lie there."""
+    """One run's figures, and the page of all runs that lie there."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{NAME}_{data['model']}.json").write_text(json.dumps(data, indent=2) + "\n")
+    own = f"_{data['run'].replace(' ', '-')}" if data.get("run") else ""
+    (folder / f"{NAME}_{data['model']}{own}.json").write_text(json.dumps(data, indent=2) + "\n")
     found = [folder / f"{NAME}_{model}.json" for model in SD3]
+    found += [path for model in SD3 for path in sorted(folder.glob(f"{NAME}_{model}_*.json"))]
     models = [json.loads(path.read_text()) for path in found if path.is_file()]
     lines = ["# Stable Diffusion 3 at full size, random weights", "", *explanation()]
     for model in models:
@@ -36,8 +38,9 @@ def explanation() -> list[str]:
         "machine's memory, in decimal GB. Copies is the larger of the two, without what the",
         "process began with, over the 16-bit transformer's bytes on disk; below "
         f"{COPIES:g} passes. Told",
-        "is what `ditq doctor --sd3` says of a picture's memory, where each kernel ends before the",
-        "next; what kernels under way on a GPU hold comes on top. The pictures show noise.",
+        "is what `ditq doctor --sd3` counts for a picture with the run's text encoders, where each",
+        "kernel ends before the next; what kernels under way on a GPU hold comes on top. The",
+        "pictures show noise.",
     ]
 
 
@@ -46,7 +49,8 @@ def section(data: dict[str, Any]) -> list[str]:
     size = data.get("transformer_bytes")
     held = f"{size / 2e9:.2f} billion weights, {gigabytes(size)} GB" if size else "not written"
     lines = [
-        f"## {data['model']}{' (tiny)' if data['tiny'] else ''}",
+        f"## {data['model']}{' (tiny)' if data['tiny'] else ''}"
+        f"{', ' + data['run'] if data.get('run') else ''}",
         "",
         f"Transformer: {held}. {used['images']} images of {used['steps']} steps, every "
         f"{used['stride']}. replayed, one at a time; tier A8 alone, judged on 1 stored step, "
