@@ -82,7 +82,7 @@ def sd3_state() -> str:
 
 UNDER_WAY = (
     "What kernels that are under way hold comes on top: on an H200 0.5 to 0.9 GB at 512² and 2.1 "
-    "to 2.7 at 1024², with sd3.5-large 1.5 and 3.4."
+    "to 2.8 at 1024², with sd3.5-large 1.5 and 3.4."
 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 
@@ -22,8 +23,9 @@ import pytest
 from mlx.utils import tree_flatten
 from PIL import Image
 
-from .helpers import assert_one_error_line, run_here
+from .helpers import ROOT, assert_one_error_line, run_here
 from .quantized_models import quantized_pipeline
+from .test_docs import shell_lines
 
 pytestmark = [pytest.mark.sd3, pytest.mark.slow, pytest.mark.usefixtures("offline")]
 
@@ -67,6 +69,20 @@ def test_all_stages_run(worked):
     manifest = json.loads((worked / "calibration_data" / "manifest.json").read_text())
     assert manifest["made_from"]["model"] == "sd3-medium"
     assert manifest["settings"]["text_encoders"] == {"t5": True, "bits": 16}
+
+
+def test_the_pages_recipe_draws_a_w4a8_picture(tiny, tmp_path, monkeypatch):
+    """Word by word, but for the pictures' size."""
+    monkeypatch.setenv("DITQ_CHECKPOINT", str(tiny.diffusers("sd3-medium")))
+    said = ""
+    for line in shell_lines(ROOT / "docs" / "sd3.md"):
+        words = shlex.split(line.replace(" 512", " 64"))
+        if words[:2] == ["python", "-m"] and words[2] != "src.doctor":
+            said += stage(words[2].removeprefix("src."), tmp_path, *words[3:])
+        elif words[:2] == ["ditq", "generate"] and "sd3-w4a8" in words:
+            said += stage("generate", tmp_path, *words[2:])
+    assert "W4A8" in said and "relative error" in said
+    assert {path.name for path in tmp_path.glob("*.png")} == {"picture.png", "quantized.png"}
 
 
 def test_every_text_encoder_is_read_once_for_all_images(tiny, tmp_path, monkeypatch):
