@@ -29,7 +29,7 @@ def model_options(
             *arguments: Any,
             model: str | None,
             checkpoint: str | None,
-            t5: bool = True,
+            t5: bool | None = None,
             quantize_text_encoders: str | None = None,
             **options: Any,
         ) -> Any:
@@ -74,7 +74,9 @@ CHECKPOINT = click.option(
     f"downloaded.  [default: {CHECKPOINT_VARIABLE}, or the hub's cache]",
 )
 T5 = click.option(
-    "--t5/--no-t5", default=True, help="Of Stable Diffusion 3: read prompts with T5 too."
+    "--t5/--no-t5",
+    default=None,
+    help="Of Stable Diffusion 3: read prompts with T5 too.  [with, or as a folder was saved]",
 )
 QUANTIZE = click.option(
     "--quantize-text-encoders",

@@ -81,5 +81,8 @@ def test_a_refusal_names_the_way_out(monkeypatch, empty_cache, answer, words):
 
 def test_offline_names_the_way_out(monkeypatch, empty_cache):
     monkeypatch.setattr(empty_cache, "HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match=r"sd3-medium is not in .*cannot be reached.*--checkpoint"):
+    with pytest.raises(
+        UserError,
+        match=r"does not hold the weights of sd3-medium, .*cannot be reached.*--checkpoint",
+    ):
         load_pipeline("sd3-medium")

@@ -15,8 +15,10 @@ from src.models import sd3_download, sd3_files
 from src.models.configs import MMDiTConfig
 from src.models.load import ModelChoice, chosen, load_pipeline
 from src.models.paths import module_at
+from src.models.sd3_names import decoder_tensors
 from src.models.sd3_text import Text
 from src.store import save_folder
+from src.store.files import damaged
 
 import mlx.core as mx
 import pytest
@@ -204,10 +206,32 @@ def test_options_that_a_model_has_no_use_for_are_refused(tmp_path):
     path = save(tmp_path / "model.safetensors", to_stability(random_model(CONFIG)))
     with pytest.raises(UserError, match="nano"):
         load_pipeline("nano", checkpoint=path)
-    with pytest.raises(UserError, match="--t5"):
-        load_pipeline("nano", t5=False)
+    for said in (False, True):
+        with pytest.raises(UserError, match="--t5"):
+            load_pipeline("nano", t5=said)
     with pytest.raises(UserError, match=r"3.*4 or 8"):
         load_pipeline("sd3-medium", checkpoint=path, text_bits=3)
+
+
+def test_a_pipelines_folder_is_given_with_checkpoint(tmp_path):
+    folder = everywhere(tmp_path, "sd3-medium")["diffusers' folder"]
+    with pytest.raises(UserError, match=f"give it with --checkpoint {folder}$"):
+        load_pipeline(str(folder))
+    with pytest.raises(UserError, match="without text encoder and codec"):
+        load_pipeline(str(folder / "transformer"))
+
+
+def test_what_links_lead_to_is_to_be_deleted_too(tmp_path):
+    """The hub's client makes a link again to what its cache still has."""
+    held, folder = save(tmp_path / "blobs" / "x.safetensors", {"x": mx.ones(1)}), tmp_path / "vae"
+    folder.mkdir()
+    link = folder / "model.safetensors"
+    link.symlink_to(held)
+    for path, words in ((link, f"delete {held}, to which"), (folder, "files that its links lead")):
+        with pytest.raises(UserError, match=f"conv_in.weight is missing .*{words}"):
+            decoder_tensors(sd3_files.Location(path).tensors(), path)
+    with pytest.raises(UserError, match="is damaged: .*files that its links lead"):
+        raise damaged(folder, "why")
 
 
 def test_what_was_recorded_fills_in_for_a_name():
@@ -249,9 +273,12 @@ def hub_error(name: str, status: int | None = None, base: type = Exception) -> E
         (hub_error("GatedRepoError", 403), ["accept its licence", "https://", "hf auth login"]),
         (hub_error("HfHubHTTPError", 401), ["accept its licence", "hf auth login"]),
         (hub_error("RepositoryNotFoundError", 404), ["any more", "--checkpoint"]),
-        (hub_error("LocalEntryNotFoundError"), ["cannot be reached", "--checkpoint"]),
+        (
+            hub_error("LocalEntryNotFoundError"),
+            ["does not hold the weights", "cannot be reached", "--checkpoint"],
+        ),
         (hub_error("OfflineModeIsEnabled", base=ConnectionError), ["cannot be reached"]),
-        (OSError(28, "No space left on device"), ["disk", "is full"]),
+        (OSError(28, "No space left on device"), ["disk", "is full", "no room for"]),
     ],
 )
 def test_a_failed_download_says_what_to_do(error, words):

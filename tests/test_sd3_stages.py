@@ -16,6 +16,7 @@ from src.inference.int8 import Int8
 from src.inference.saved import load_saved, open_pipeline
 from src.models.load import ModelChoice, load_pipeline
 from src.models.sd3 import Reading
+from src.models.sd3_text import Text
 
 import mlx.core as mx
 import numpy as np
@@ -164,12 +165,32 @@ def test_other_bits_than_the_stored_ones_are_refused(worked):
     assert_one_error_line(run_here("src.generate", *given, cwd=worked), "8 bits", "4")
 
 
-def test_a_saved_folder_goes_without_t5_where_it_has_none(worked, tmp_path):
+FEW = ("--prompt", PROMPT, "--height", "64", "--width", "64", "--steps", "2")
+
+
+def test_a_saved_folder_goes_without_t5_where_it_has_none(tiny, tmp_path):
+    choice = ModelChoice(None, tiny.single_file("sd3-medium"), Text(t5=False))
+    save_model(quantized_pipeline(choice), tmp_path / "saved")
+    stage("generate", tmp_path, "--model", "saved", *FEW)
+    result = run_here("src.generate", "--model", "saved", "--t5", *FEW, cwd=tmp_path)
+    assert_one_error_line(result, "saved has no T5 text encoder", "--checkpoint", "--no-t5")
+
+
+def test_a_saved_folder_that_has_lost_t5_says_so(worked, tmp_path):
     folder = tmp_path / "saved"
     shutil.copytree(worked / "saved", folder)
     shutil.rmtree(folder / "text_encoder_3")
-    size = ("--height", "64", "--width", "64", "--steps", "2")
-    stage("generate", tmp_path, "--model", str(folder), "--prompt", PROMPT, *size)
+    given = ("--model", str(folder), *FEW)
+    result = run_here("src.generate", *given, cwd=tmp_path)
+    assert_one_error_line(result, "has no T5 text encoder", "text_encoder_3", "--no-t5")
+    stage("generate", tmp_path, *given, "--no-t5")
+    settings = folder / "transformer" / "config.json"
+    config = json.loads(settings.read_text())
+    assert config["ditq"].pop("t5") is True
+    settings.write_text(json.dumps(config))
+    stage("generate", tmp_path, *given)  # as a folder that does not tell
+    settings.write_text(json.dumps({**config, "ditq": {**config["ditq"], "t5": "yes"}}))
+    assert_one_error_line(run_here("src.generate", *given, cwd=tmp_path), "config.json is damaged")
 
 
 def test_artifacts_of_another_variant_are_refused(worked, tiny):

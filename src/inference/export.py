@@ -75,7 +75,8 @@ def save_model(
 def save_stable_diffusion(
     pipeline: Pipeline, folder: Path, described: Mapping[str, Any], force: bool
 ) -> Path:
-    """One folder a component, as diffusers has them."""
+    """One folder a component, as diffusers has them; recorded is whether T5 is one of them."""
+    described = {**described, "t5": pipeline.encode_text.text.t5}
     with new_folder(folder, force) as partial:
         more = companion_bytes(pipeline.encode_text, pipeline.codec)
         beside, inner = Beside(folder.resolve().name, more), partial / TRANSFORMER

@@ -25,7 +25,6 @@ from ..models.paths import module_at
 from ..models.pipeline import Defaults, Pipeline
 from ..models.sd3_files import Files, files_of
 from ..models.sd3_load import SD3, assemble_sd3, family
-from ..models.sd3_text import Text
 from ..quant.linear import TYPICAL_ROWS, QuantizedLinear, Runtime
 from ..quant.packing import MLX_GROUP_SIZES
 from ..quant.schedule import Schedule, Step
@@ -122,8 +121,9 @@ def load_stable_diffusion(
     hashes = {name: entry["sha256"] for name, entry in details["files"].items()}
     defaults = settings(Defaults, part(details, "sampling", folder), folder)
     text = choice.text
-    if own and text == Text() and files.part("t5") is None:
-        text = Text(t5=False)  # it was saved without
+    if own and text.t5 is None:
+        there = files.part("t5") is not None  # older folders do not tell
+        text = replace(text, t5=details.get("t5", there))
     return assemble_sd3(name, hash_json(hashes), transformer, files, dtype, text, defaults)
 
 
@@ -204,6 +204,7 @@ def read_details(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             and all({"bytes", "sha256"} <= set(entry) for entry in details["files"].values())
             and {"model.safetensors", "model.safetensors.index.json"} & set(details["files"])
             and OWN in details["files"]
+            and isinstance(details.get("t5", True), bool)
         )
     except (KeyError, TypeError, AttributeError):
         sound = False

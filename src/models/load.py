@@ -72,13 +72,13 @@ def load_pipeline(
     dtype: mx.Dtype | None = None,
     *,
     checkpoint: str | Path | None = None,
-    t5: bool = True,
+    t5: bool | None = None,
     text_bits: int | None = None,
 ) -> Pipeline:
     """The pipeline of that name, or in that folder.
 
     `checkpoint` is a Stable Diffusion 3 on this machine, in any published layout: no network is
-    touched. Without `t5` its third text encoder is left out; `text_bits` quantizes all three.
+    touched. With `t5=False` its third text encoder is left out; `text_bits` quantizes all three.
     """
     if not isinstance(model, ModelChoice):
         place = None if checkpoint is None else Path(checkpoint)
@@ -115,6 +115,11 @@ def load_own(model: str, dtype: mx.Dtype) -> Pipeline:
         return load_folder_pipeline(path, dtype)
     if path.exists():
         load_transformer(path)  # names what is wrong with a checkpoint of another architecture
+        if (path / "transformer").is_dir():
+            raise UserError(
+                f"{model} is the folder of a Stable Diffusion 3's pipeline; give it with "
+                f"--checkpoint {model}"
+            )
         raise UserError(
             f"{model} holds a transformer without text encoder and codec; "
             f"valid models: {', '.join(MODELS)}, or a folder with a pipeline's config.json; "

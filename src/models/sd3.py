@@ -7,7 +7,7 @@ they ask the hub again and again, and let a missing tensor pass.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -64,15 +64,7 @@ class Reading:
 
     def _read(self, mapping: Callable[[dict[str, mx.array], Path], Any], kind: type) -> Any:
         """Tensors under DiffusionKit's names, and their shape."""
-        path, tensors = self.location.path, self.location.tensors()
-        settings = path / "config.json"
-        stored = read_json(settings) if path.is_dir() and settings.is_file() else {}
-        if stored.get("format") == FORMAT:
-            check_header(settings, stored, FORMAT, VERSION)
-            self.tensors = tensors
-            self.bits, self.shape = stored_shape(settings, stored, kind)
-        else:
-            self.tensors, self.shape = mapping(tensors, path)
+        self.tensors, self.bits, self.shape = read_encoder(self.location, mapping, kind)
         return self.shape
 
     def _fill(self, module: nn.Module, prefix: str = "") -> None:
@@ -164,6 +156,21 @@ class Reading:
             module.set_dtype(self.dtype)
 
 
+def read_encoder(
+    location: Location, mapping: Callable[[dict[str, mx.array], Path], Any], kind: type
+) -> tuple[dict[str, mx.array], int | None, Any]:
+    """An encoder's tensors under DiffusionKit's names, not read yet, the bits that it is stored
+    with, and its shape."""
+    path, tensors = location.path, location.tensors()
+    settings = path / "config.json"
+    stored = read_json(settings) if path.is_dir() and settings.is_file() else {}
+    if stored.get("format") != FORMAT:
+        named, shape = mapping(tensors, path)
+        return named, None, shape
+    check_header(settings, stored, FORMAT, VERSION)
+    return tensors, *stored_shape(settings, stored, kind)
+
+
 def stored_shape(path: Path, stored: dict[str, Any], kind: type) -> tuple[int | None, Any]:
     """The bits and the shape that the settings of an encoder of our own tell."""
     shape, names = stored.get("shape"), {field.name for field in fields(kind)}
@@ -192,6 +199,7 @@ def quantize_linears(module: nn.Module, bits: int, paths: set[str] | None = None
 
 
 PUBLISHED_TOKENS, PUBLISHED_MERGES = 49408, 48894  # of CLIP's tokenizer
+MARKS = ("<|startoftext|>", "<|endoftext|>")
 
 
 def clip_tokenizer(folder: Path, pad_with_eos: bool) -> Any:
@@ -199,7 +207,12 @@ def clip_tokenizer(folder: Path, pad_with_eos: bool) -> Any:
     from diffusionkit.mlx.tokenizer import Tokenizer
 
     vocabulary, path = read_json(folder / "vocab.json"), folder / "merges.txt"
-    lines = path.read_text(encoding="utf-8").strip().split("\n")
+    if lacking := [mark for mark in MARKS if mark not in vocabulary]:
+        raise damaged(folder / "vocab.json", f"it has no {' and no '.join(lacking)}")
+    try:
+        lines = path.read_text(encoding="utf-8").strip().split("\n")
+    except UnicodeDecodeError as error:
+        raise damaged(path, f"it is not text in UTF-8 ({error})") from error
     # What follows the first line, of the 49152 tokens all but the bytes and both marks.
     merges = [tuple(line.split()) for line in lines[1 : 49152 - 256 - 2 + 1]]
     wanted = PUBLISHED_MERGES if len(vocabulary) == PUBLISHED_TOKENS else len(merges)
@@ -208,16 +221,29 @@ def clip_tokenizer(folder: Path, pad_with_eos: bool) -> Any:
     return Tokenizer({pair: rank for rank, pair in enumerate(merges)}, vocabulary, pad_with_eos)
 
 
-def t5_tokens(folder: Path, prompts: Sequence[str], length: int) -> np.ndarray:
-    """(prompts, length) of T5's tokens, padded with 0."""
+def check_ids(path: Path, ids: Iterable[Any], encoder: Path, rows: int) -> None:
+    """Raises unless the ids of a tokenizer's tokens are rows of the encoder's embedding: MLX reads
+    beyond them whatever is in memory, or crashes."""
+    if not all(type(number) is int and 0 <= number < rows for number in ids):
+        raise damaged(
+            path, f"its tokens' ids must be whole numbers below {rows}, as many as {encoder} knows"
+        )
+
+
+def t5_tokenizer(folder: Path, length: int) -> Any:
+    """The tokenizer of transformers from the folder's files."""
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
+        return AutoTokenizer.from_pretrained(
             str(folder), legacy=False, model_max_length=length, local_files_only=True
         )
     except Exception as error:  # the tokenizers package raises nothing narrower
         raise damaged(folder, f"its tokenizer cannot be read ({one_line(error)})") from error
+
+
+def t5_tokens(tokenizer: Any, prompts: Sequence[str], length: int) -> np.ndarray:
+    """(prompts, length) of T5's tokens, padded with 0."""
     rows = np.zeros((len(prompts), length), np.int32)
     for row, prompt in enumerate(prompts):
         ids = tokenizer(prompt, max_length=length, truncation=True)["input_ids"]
@@ -225,11 +251,16 @@ def t5_tokens(folder: Path, prompts: Sequence[str], length: int) -> np.ndarray:
     return rows
 
 
-def vae_decoder(location: Location, dtype: mx.Dtype) -> nn.Module:
+def vae_decoder(location: Location, dtype: mx.Dtype, latent_channels: int) -> nn.Module:
     """DiffusionKit's VAE decoder, not read yet."""
     from diffusionkit.mlx.vae import VAEDecoder
 
     tensors, shape = decoder_tensors(location.tensors(), location.path)
+    if shape.latent_channels != latent_channels:
+        raise UserError(
+            f"{location.path}: the VAE decodes {shape.latent_channels} channels, the model draws "
+            f"{latent_channels}; put the model's own VAE there"
+        )
     decoder = VAEDecoder(
         in_channels=shape.latent_channels,
         out_channels=3,

@@ -90,8 +90,8 @@ def explained(error: Exception, repository: str, title: str) -> str:
         if "LocalEntryNotFoundError" not in names:
             return f"{LINK}{repository} does not have {title} any more; {OFFLINE}"
     if isinstance(error, OSError) and error.errno == 28:
-        return f"the disk of {cache_folder()} is full; {title} does not fit there"
+        return f"the disk of {cache_folder()} is full; it has no room for {title}"
     return (
-        f"{title} is not in {cache_folder()} and {repository} cannot be reached "
+        f"{cache_folder()} does not hold {title}, and {repository} cannot be reached "
         f"({type(error).__name__}); {OFFLINE}"
     )

@@ -69,9 +69,9 @@ def assemble_sd3(
         name,
         hash,
         PROMPTS,
-        SD3TextEncoder(files, dtype, text or Text()),
+        SD3TextEncoder(files, dtype, text or Text(), transformer.config.pooled_dim),
         transformer,
-        SD3Codec(files, dtype),
+        SD3Codec(files, dtype, transformer.config.latent_channels),
         defaults,
         dtype,
     )

@@ -11,6 +11,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from ..errors import UserError
+from ..store.files import replacing
 
 Tensors = dict[str, mx.array]
 Rules = tuple[tuple[str, str], ...]
@@ -145,6 +146,7 @@ def t5_tensors(tensors: Tensors, path: Path) -> tuple[Tensors, T5Shape]:
 
 def decoder_tensors(tensors: Tensors, path: Path) -> tuple[Tensors, DecoderShape]:
     """The VAE's decoder under DiffusionKit's names, channels last, with its shape."""
+    shape(tensors, "decoder.conv_in.weight", path)
     found = {
         name.removeprefix("decoder."): tensor
         for name, tensor in tensors.items()
@@ -157,7 +159,8 @@ def decoder_tensors(tensors: Tensors, path: Path) -> tuple[Tensors, DecoderShape
     found = {name: channels_last(name, tensor) for name, tensor in found.items()}
     blocks = count(found, r"up_blocks\.(\d+)\.")
     channels = [
-        shape(found, f"up_blocks.{i}.resnets.0.conv2.weight", path)[0] for i in range(blocks)
+        shape(found, f"up_blocks.{i}.resnets.0.conv2.weight", path)[0]
+        for i in range(max(blocks, 1))
     ]
     return found, DecoderShape(
         channels=tuple(channels),
@@ -188,5 +191,5 @@ def count(names: Mapping[str, mx.array], pattern: str) -> int:
 def shape(tensors: Tensors, name: str, path: Path) -> tuple[int, ...]:
     if name not in tensors:
         held = ", ".join(sorted(tensors)[:2]) or "nothing"
-        raise UserError(f"{path}: tensor {name} is missing (it holds {held}…); download it again")
+        raise UserError(f"{path}: tensor {name} is missing (it holds {held}…); {replacing(path)}")
     return tuple(tensors[name].shape)

@@ -7,33 +7,46 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import click
 import mlx.core as mx
+import mlx.nn as nn
 
 from ..errors import UserError
 from ..store import read_json
 from .pipeline import Conditioning
-from .sd3 import TEXT_BITS, WIDTH, Reading, clip_tokenizer, t5_tokens, vae_decoder
+from .sd3 import (
+    TEXT_BITS,
+    WIDTH,
+    Reading,
+    check_ids,
+    clip_tokenizer,
+    read_encoder,
+    t5_tokenizer,
+    t5_tokens,
+    vae_decoder,
+)
 from .sd3_decode import decode_in_strips
 from .sd3_download import download_part, download_tokenizer
 from .sd3_files import PARTS, TOKENIZERS, Files, Location
+from .sd3_names import CLIP_HEAD, ClipShape, T5Shape, clip_tensors, t5_tensors
 from .sd3_versions import check_packages
 
 CLIP_TOKENS, T5_TOKENS = 77, 512  # DiffusionKit's, for equal pictures
 SIDE = 8  # pixels of a picture to one of the latent
 LATENT_SCALE, LATENT_SHIFT = 1.5305, 0.0609
 ACTIVATIONS = {"clip_l": "quick_gelu", "clip_g": "gelu"}
+POOLED, LATENT_CHANNELS = 2048, 16  # of every published model
 
 
 @dataclass(frozen=True)
 class Text:
     """How prompts are read."""
 
-    t5: bool = True
+    t5: bool | None = None  # none: as the model has it
     bits: int | None = None  # none: 16
 
     def __post_init__(self) -> None:
@@ -55,8 +68,9 @@ class SD3TextEncoder:
     Equal prompts, such as the empty negative ones, are encoded once.
     """
 
-    def __init__(self, files: Files, dtype: mx.Dtype, text: Text) -> None:
-        self.files, self.dtype, self.text = files, dtype, text
+    def __init__(self, files: Files, dtype: mx.Dtype, text: Text, pooled_dim: int = POOLED) -> None:
+        self.files, self.dtype, self._pooled = files, dtype, pooled_widths(pooled_dim)
+        self.text = replace(text, t5=text.t5 is not False)
         self._reported = text.bits is None
 
     def __call__(self, prompts: Sequence[str]) -> Conditioning:
@@ -96,18 +110,20 @@ class SD3TextEncoder:
         return result
 
     def tokens(self) -> int:
-        long = self._t5_tokens(self.tokenizer("t5")) if self.text.t5 else CLIP_TOKENS
+        long = self._t5_length(self.tokenizer("t5")) if self.text.t5 else CLIP_TOKENS
         return CLIP_TOKENS + long
 
     def check(self, prompts: Sequence[str]) -> None:
         check_packages()
-        for name in ("clip_l", "clip_g"):
-            self._clip_tokens(name, prompts)
-        for name in self.parts():
-            self.location(name)
-            folder = self.tokenizer(name)
-            if name == "t5":
-                t5_tokens(folder, [], self._t5_tokens(folder))
+        tokenizers = {name: self._clip_tokenizer(name) for name in ACTIVATIONS}
+        for tokenizer in tokenizers.values():
+            clip_tokens(tokenizer, prompts)
+        for name, tokenizer in tokenizers.items():
+            _, _, shape = read_encoder(self.location(name), clip_tensors, ClipShape)
+            self._check_clip(name, shape, tokenizer)
+        if self.text.t5:
+            _, _, shape = read_encoder(self.location("t5"), t5_tensors, T5Shape)
+            self._t5_tokenizer(shape)
 
     def settings(self) -> dict[str, Any]:
         return {"text_encoders": {"t5": self.text.t5, "bits": self.text.bits or 16}}
@@ -136,10 +152,12 @@ class SD3TextEncoder:
         """Hidden states and pooled text of both CLIPs, joined, of every batch."""
         hidden: list[list[mx.array]] = [[] for _ in batches]
         pooled: list[list[mx.array]] = [[] for _ in batches]
-        for name in ("clip_l", "clip_g"):
-            tokens = [mx.array(self._clip_tokens(name, prompts)) for prompts in batches]
+        for name in ACTIVATIONS:
+            tokenizer = self._clip_tokenizer(name)
             with Reading(self.location(name), encoder_dtype(self.dtype)) as reading:
                 model = reading.clip(ACTIVATIONS[name])
+                self._check_clip(name, reading.shape, tokenizer)
+                tokens = [mx.array(clip_tokens(tokenizer, prompts)) for prompts in batches]
                 compared = self._compares(reading)
                 if compared:
                     plain = model(tokens[0][:1]).hidden_states[-2]
@@ -163,23 +181,31 @@ class SD3TextEncoder:
         """Whether the first prompt is encoded both ways; what is stored quantized has one only."""
         return self.text.bits is not None and reading.bits is None and not self._reported
 
-    def _clip_tokens(self, name: str, prompts: Sequence[str]) -> list[list[int]]:
-        tokenizer = clip_tokenizer(self.tokenizer(name), pad_with_eos=name == "clip_l")
-        padding = tokenizer.eos_token if tokenizer.pad_with_eos else 0
-        rows = []
-        for prompt in prompts:
-            try:
-                row = tokenizer.tokenize(prompt)
-            except KeyError as error:
-                raise UserError(
-                    f"prompt {prompt!r}: DiffusionKit's tokenizer does not know "
-                    f"{error.args[0]!r}; write it in other characters"
-                ) from None
-            rows.append(row + [padding] * (CLIP_TOKENS - len(row)))
-        return rows
+    def _clip_tokenizer(self, name: str) -> Any:
+        return clip_tokenizer(self.tokenizer(name), pad_with_eos=name == "clip_l")
 
-    def _t5_tokens(self, folder: Path) -> int:
-        """How many: what the tokenizer's own settings say, at most DiffusionKit's."""
+    def _check_clip(self, name: str, shape: ClipShape, tokenizer: Any) -> None:
+        """Raises for the encoder of another place or model, and for tokens that it has not."""
+        path, found = self.location(name).path, shape.projection or shape.width
+        if found != self._pooled[name]:
+            title = PARTS[name].title
+            raise UserError(
+                f"{path}: its pooled text has {found} values, that of the model's {title} "
+                f"{self._pooled[name]}; put the file of that {title} there"
+            )
+        vocabulary = self.tokenizer(name) / "vocab.json"
+        check_ids(vocabulary, tokenizer.vocab.values(), path, shape.vocabulary)
+
+    def _t5_tokenizer(self, shape: T5Shape) -> Any:
+        """The tokenizer, all of whose tokens the encoder has."""
+        folder = self.tokenizer("t5")
+        tokenizer = t5_tokenizer(folder, self._t5_length(folder))
+        ids, path = tokenizer.get_vocab().values(), self.location("t5").path
+        check_ids(folder, ids, path, shape.vocabulary)
+        return tokenizer
+
+    def _t5_length(self, folder: Path) -> int:
+        """Tokens of a prompt: what the tokenizer's own settings say, at most DiffusionKit's."""
         settings, length = folder / "tokenizer_config.json", T5_TOKENS
         if settings.is_file():
             length = read_json(settings).get("model_max_length")
@@ -187,13 +213,12 @@ class SD3TextEncoder:
 
     def _t5(self, prompts: Sequence[str], errors: dict[str, float]) -> dict[str, mx.array]:
         """(1, tokens, 4096) of every prompt; each layer is read, used for all, and let go."""
-        folder = self.tokenizer("t5")
-        length = self._t5_tokens(folder)
-        tokens = [mx.array(row)[None] for row in t5_tokens(folder, prompts, length)]
+        length = self._t5_length(self.tokenizer("t5"))
         with Reading(self.location("t5"), encoder_dtype(self.dtype)) as reading:
             stages = reading.t5_stages(length)
             embed = next(stages)
-            states = [embed(row) for row in tokens]
+            tokens = t5_tokens(self._t5_tokenizer(reading.shape), prompts, length)
+            states = [embed(mx.array(row)[None]) for row in tokens]
             mx.eval(states)
             plain = states[0] if self._compares(reading) else None
             for stage in stages:
@@ -223,13 +248,15 @@ class SD3Codec:
 
     side = SIDE
 
-    def __init__(self, files: Files, dtype: mx.Dtype) -> None:
+    def __init__(
+        self, files: Files, dtype: mx.Dtype, latent_channels: int = LATENT_CHANNELS
+    ) -> None:
         self.files, self.dtype = files, encoder_dtype(dtype)
+        self._latent_channels = latent_channels
 
     def decode(self, latent: mx.array) -> mx.array:
         """One picture after the other, each in strips."""
-        check_packages()
-        decoder, pictures = vae_decoder(self.location(), self.dtype), []
+        decoder, pictures = self._decoder(), []
         latent = (latent / LATENT_SCALE + LATENT_SHIFT).astype(self.dtype)
         for i in range(len(latent)):
             picture = decode_in_strips(decoder, latent[i : i + 1]) / 2 + 0.5
@@ -240,12 +267,39 @@ class SD3Codec:
         return mx.concatenate(pictures)
 
     def check(self) -> None:
-        self.location().tensors()
+        self._decoder()
+
+    def _decoder(self) -> nn.Module:
+        check_packages()
+        return vae_decoder(self.location(), self.dtype, self._latent_channels)
 
     def location(self) -> Location:
         if found := self.files.part("vae"):
             return found
         raise self.files.missing("vae", PARTS["vae"].places, PARTS["vae"].title)
+
+
+def pooled_widths(pooled_dim: int) -> dict[str, int]:
+    """How many values of the pooled text each CLIP gives: of the published 2048 CLIP-L gives 768,
+    three eighths, and of smaller models as many whole heads."""
+    of_l = pooled_dim // CLIP_HEAD * 3 // 8 * CLIP_HEAD
+    return {"clip_l": of_l, "clip_g": pooled_dim - of_l}
+
+
+def clip_tokens(tokenizer: Any, prompts: Sequence[str]) -> list[list[int]]:
+    """Of every prompt, padded to equal length."""
+    padding = tokenizer.eos_token if tokenizer.pad_with_eos else 0
+    rows = []
+    for prompt in prompts:
+        try:
+            row = tokenizer.tokenize(prompt)
+        except KeyError as error:
+            raise UserError(
+                f"prompt {prompt!r}: DiffusionKit's tokenizer does not know "
+                f"{error.args[0]!r}; write it in other characters"
+            ) from None
+        rows.append(row + [padding] * (CLIP_TOKENS - len(row)))
+    return rows
 
 
 def relative_error(got: mx.array, wanted: mx.array) -> float:

@@ -34,10 +34,19 @@ def os_error(error: OSError, path: str | Path, doing: str) -> UserError:
 
 
 def damaged(path: str | Path, why: str) -> UserError:
-    """The UserError for a file whose content is not what its kind of file holds."""
-    # A hub's cache links to what it holds: were only the link deleted, it would be made again.
-    linked = f"{path.resolve()}, to which it links," if (path := Path(path)).is_symlink() else "it"
-    return UserError(f"{path} is damaged: {why}; delete {linked} and make or download it again")
+    """The UserError for a file or folder whose content is not what its kind holds."""
+    return UserError(f"{path} is damaged: {why}; {replacing(path)}")
+
+
+def replacing(path: str | Path) -> str:
+    """The way out where a file or folder must be replaced: what to delete before it comes anew."""
+    # A hub's cache links to what it holds: were only a link deleted, it would be made again.
+    path, what = Path(path), "it"
+    if path.is_symlink():
+        what = f"{path.resolve()}, to which it links,"
+    elif path.is_dir() and any(entry.is_symlink() for entry in path.iterdir()):
+        what = "it, with the files that its links lead to,"
+    return f"delete {what} and make or download it again"
 
 
 def shown(value: Any) -> str:
