@@ -31,6 +31,12 @@ LESS_MEMORY = (
     "as does another program's end; what is finished is kept"
 )
 
+# And where its compiler for CUDA, Metal or a CPU fails.
+NO_KERNEL = re.compile(r"failed to compile|compilation failed|unable to build|nvrtc", re.I)
+OTHER_KERNEL = (
+    "`ditq doctor` says what this machine runs; --kernel names another, where the command has it"
+)
+
 STOPPED = "stopped; what is finished is kept, the same command does the rest"
 
 # Commands in the order of use: name on the command line, module in this package.
@@ -67,9 +73,9 @@ class OneLineErrors:
                 raise
             fail(error)
         except (MemoryError, RuntimeError) as error:
-            if os.environ.get(DEBUG) == "1" or not is_of_memory(error):
+            if os.environ.get(DEBUG) == "1" or (explained := of_machine(error)) is None:
                 raise
-            fail(UserError(f"not enough memory ({error}); {LESS_MEMORY}"))
+            fail(explained)
         sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -100,8 +106,15 @@ class Group(OneLineErrors, click.Group):
         return importlib.import_module(f".{COMMANDS[name]}", __package__).main
 
 
-def is_of_memory(error: Exception) -> bool:
-    return isinstance(error, MemoryError) or bool(NO_MEMORY.search(str(error)))
+def of_machine(error: Exception) -> UserError | None:
+    """What to say of an error that is the machine's; none for a bug, which is shown whole."""
+    words = str(error)
+    if isinstance(error, MemoryError) or NO_MEMORY.search(words):
+        return UserError(f"not enough memory ({words}); {LESS_MEMORY}")
+    if NO_KERNEL.search(words):
+        first = next(line for line in words.splitlines() if NO_KERNEL.search(line))
+        return UserError(f"MLX could not compile a kernel ({first.strip()[:300]}); {OTHER_KERNEL}")
+    return None
 
 
 def fail(error: Exception) -> None:

@@ -62,6 +62,21 @@ def test_ctrl_c_is_one_line_with_what_is_left(grouped, error, settings, line):
     assert result.stderr.strip() == line
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        'Failed to compile kernel: mma.h(55): catastrophic error: cannot open "crt/mma.h"\nmore',
+        "[metal::Device] Unable to build metal library from source\nerror: unknown type name",
+        "[Compile::eval_cpu] Failed to compile function with error code 1.",
+    ],
+)
+def test_a_kernel_that_does_not_compile_is_one_line_with_a_way_out(words):
+    result = CliRunner().invoke(failing(RuntimeError(words)))
+    (line,) = result.stderr.splitlines()
+    assert result.exit_code == 1 and line.startswith("error: MLX could not compile a kernel (")
+    assert words.splitlines()[0] in line and "ditq doctor" in line and "--kernel" in line
+
+
 def test_other_errors_are_shown_whole():
     for error in (RuntimeError("shapes do not match"), ZeroDivisionError("x")):
         assert CliRunner().invoke(failing(error)).exception is error
