@@ -229,9 +229,10 @@ def test_spread_pairs_cover_the_schedule_and_the_images():
     assert len(spread_pairs(1, [0], 3)) == 3
 
 
-def test_statistics_of_a_single_image_and_step_are_enough(copy):
-    collect_layer_activations(copy.parent, num_images=1, stride=5, force=True)
-    config = QuantConfig.load(analyze_activations(copy, samples=1))
+def test_statistics_of_a_single_image_and_step_are_enough(tmp_path):
+    generate_calibration_data(calib_dir=tmp_path, model="tiny", num_images=1, num_steps=1)
+    folder = collect_layer_activations(tmp_path, num_images=1, stride=1)
+    config = QuantConfig.load(analyze_activations(folder, samples=1))
     assert config.step_keys == [0]
 
 

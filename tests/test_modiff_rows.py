@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 
 from src.errors import UserError
@@ -169,8 +170,8 @@ def test_results_of_other_captions_or_steps_are_not_merged(tmp_path):
 def test_a_wrong_merge_is_told_before_anything_is_drawn(tmp_path):
     save_result(tmp_path / "far" / "x.json", {"name": "x", **RUN} | row())
     told = ["--work", str(tmp_path / "work"), "--merge", str(tmp_path / "far"), "--steps", "2"]
-    with pytest.raises(UserError, match="--steps 30, this run is of 2"):
-        CliRunner().invoke(main, told, catch_exceptions=False)
+    result = CliRunner().invoke(main, told)
+    assert result.exit_code == 1 and "--steps 30, this run is of 2" in result.stderr
     assert not (tmp_path / "work").exists()
 
 
@@ -190,8 +191,18 @@ def test_what_is_drawn_is_neither_opened_nor_judged_again(tmp_path, monkeypatch)
     assert {path: path.stat().st_mtime_ns for path in results} == results
     found = json.loads((tmp_path / "docs" / "modiff.json").read_text())["rows"][EXACT]
     assert found["pictures"] == 3 and found["drawn"] == 3 and found["num_pictures"] == 3
-    with pytest.raises(UserError, match="dtype"):
-        run("--dtype", "float16")
+    refused = CliRunner().invoke(main, [*base, "--dtype", "float16"])
+    assert refused.exit_code == 1 and re.search("^error: .*dtype", refused.stderr, re.M)
+
+
+@pytest.mark.parametrize(
+    ("told", "word"),
+    [(["--rows", "zzz"], "'zzz'"), (["--num-pictures", "0"], "x>=1"), (["--steps", "0"], "x>=1")],
+)
+def test_a_mistake_is_one_error_line(told, word, tmp_path):
+    result = CliRunner().invoke(main, ["--work", str(tmp_path / "work"), *told])
+    assert result.exit_code == 1 and result.stderr.startswith("error: ") and word in result.stderr
+    assert result.stderr.count("\n") == 1 and not (tmp_path / "work").exists()
 
 
 def test_the_reports_command_is_that_of_all_rows():

@@ -1,6 +1,6 @@
 """Changes instead of values: what MoDiff gives to nano at few bits, and what it costs.
 
-    python -m tools.bench_modiff --num-pictures 2000 --steps 30 --work modiff_work
+    python -m tools.bench_modiff --num-pictures 2000 --steps 20 --work modiff_work
 
 Every row draws the same captions from the same noise with nano's weights at 16, 8 or 4 bits and
 its inputs at 16, 8, 6, 4 or 3 bits: plain, or modulated; with static scales or dynamic ones (of
@@ -28,6 +28,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from src.cli import command
 from src.distributed import Ranks
 from src.evaluation.networks import ScorerNetwork
 from src.models.nano.captions import captions
@@ -59,6 +60,7 @@ KEPT = (
     "num_images",
     "kernel",
 )  # settings, in the JSON
+ONE_OR_MORE = click.IntRange(min=1)
 
 
 def report(bench: Bench, merge: Sequence[Path]) -> None:
@@ -93,25 +95,25 @@ def report(bench: Bench, merge: Sequence[Path]) -> None:
     write_report("modiff", "MoDiff on nano", data, lines)
 
 
-@click.command()
-@click.option("--work", type=Path, default=Path("modiff_work"), show_default=True, help="Folder.")
-@click.option("--num-pictures", default=2000, show_default=True, help="A row, in the end.")
-@click.option("--each", type=int, help="Pictures that a row has after this run.  [all]")
+@command()
+@click.option("--work", type=Path, default=Path("modiff_work"), help="Folder.")
+@click.option("--num-pictures", default=2000, type=ONE_OR_MORE, help="A row, in the end.")
+@click.option("--each", type=ONE_OR_MORE, help="Pictures that a row has after this run.  [all]")
 @click.option("--seconds", type=float, help="After which no batch is begun.  [no limit]")
-@click.option("--steps", default=100, show_default=True, help="Of sampling.")
-@click.option("--batch", default=256, show_default=True, help="Pictures at once.")
+@click.option("--steps", default=100, type=ONE_OR_MORE, help="Of sampling.")
+@click.option("--batch", default=256, type=ONE_OR_MORE, help="Pictures at once.")
 @click.option("--rows", help="Parts of rows' names, separated by semicolons.  [default: all]")
 @click.option("--report-only", is_flag=True, help="Draw nothing; judge what is there.")
 @click.option("--merge", type=Path, multiple=True, help="A folder of other results; repeat.")
 @click.option("--adaround-output-8", type=Path, help="Weights of 8 bits.  [made in --work]")
 @click.option("--adaround-output-4", type=Path, help="Weights of 4 bits.  [made in --work]")
 @click.option("--quant-config", type=Path, help="That they were rounded with.  [made in --work]")
-@click.option("--scale-pictures", default=8, show_default=True, help="For static scales.")
+@click.option("--scale-pictures", default=8, help="For static scales.")
 @click.option("--kernel", help="Of quantized layers.  [default: each layer's fastest]")
 @click.option("--dtype", help="float16 or float32.  [default: the device's]")
-@click.option("--method", default="adaround", show_default=True, help=", ".join(METHODS))
-@click.option("--iters", default=1000, show_default=True, help="Of learned rounding.")
-@click.option("--num-images", default=16, show_default=True, help="To calibrate with.")
+@click.option("--method", default="adaround", help=", ".join(METHODS))
+@click.option("--iters", default=1000, help="Of learned rounding.")
+@click.option("--num-images", default=16, help="To calibrate with.")
 def main(
     work: Path,
     num_pictures: int,
