@@ -7,9 +7,11 @@ import os
 import re
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
-from src.backends import BACKENDS, Device, Weight, named, staying_packed
+from src.backends import BACKENDS, Device, Weight, metal_int8_kernels, named, staying_packed
 from src.backends import cuda_int8_check as check
 from src.backends import cuda_int8_kernels as kernels
 from src.backends import cuda_int8_source as sources
@@ -35,6 +37,8 @@ from src.backends.cuda_int8_check import (
 )
 from src.backends.cuda_int8_source import MMA, NARROW, WGMMA
 from src.backends.fusing import InputGrid, Modulation
+from src.backends.remembering import COUNTED
+from src.errors import UserError
 from src.inference.kernels import join
 from src.models import mmdit
 from src.models.load import default_dtype
@@ -263,6 +267,181 @@ def nvidia(monkeypatch, tmp_path):
     self_test.cache_clear()
 
 
+@pytest.fixture
+def started(nvidia, monkeypatch):
+    """Such a GPU that passed its self-test before, whose kernels start and do nothing: the names of
+    those that were started."""
+    makers = [getattr(sources, name) for name in dir(sources) if name.endswith("_kernel")]
+    names: list[str] = []
+
+    def kernel(name: str, **_):
+        def start(*, output_shapes, output_dtypes, **_):
+            names.append(name.removeprefix("ditq_").removesuffix("_mma"))
+            return [mx.zeros(*out) for out in zip(output_shapes, output_dtypes, strict=True)]
+
+        return start
+
+    for maker in makers:
+        maker.cache_clear()
+    monkeypatch.setattr(mx.fast, "cuda_kernel", kernel)
+    nvidia("NVIDIA L40S", 8, 9)
+    record(MMA).write("")
+    yield names
+    for maker in makers:
+        maker.cache_clear()
+
+
+@pytest.fixture
+def fitting(started):
+    """What fits together: 10 rows of 128 columns, and a weight of 256 outputs."""
+    _, weight = random_weight(np.random.default_rng(0), Case(1, 256, 128, 4))
+    x, grid, backend = mx.ones((2, 5, 128)), InputGrid.of_codes(127), CudaInt8()
+    return SimpleNamespace(
+        backend=backend,
+        operand=backend.prepare(weight, mx.float16, 127),
+        x=x,
+        grid=grid,
+        codes=backend.quantize(x, grid),
+        residual=mx.ones((2, 5, 256)),
+        gate=mx.ones((2, 256)),
+    )
+
+
+GRIDS = {
+    "number of scales: 3; valid: a divisor of the number of rows, 10": {"scales": (3,)},
+    "number of scales: 0": {"scales": (0,), "limits": (0,)},
+    "number of limits: 1; valid: 2": {"scales": (2,), "limits": (1,)},
+    "number of limits: 2; valid: 1": {"limits": (2,)},
+    "shape of the shift: (256,); valid: (128,) or (1, 128)": {"shift": (256,)},
+    "shape of the shift: (2, 64)": {"shift": (2, 64)},
+    "shape of the shift: (2, 128)": {"shift": (2, 128)},
+    "shape of the shift: ()": {"shift": ()},
+    "shape of the smoothing: (32,); valid: (128,)": {"smoothing": (32,)},
+    "shape of the smoothing: (1, 128)": {"smoothing": (1, 128)},
+}
+
+
+def assert_refused(words: str, call: Callable[[], object]) -> None:
+    """In one line, which says what there must be, and how to come by it."""
+    with pytest.raises(UserError) as found:
+        call()
+    message = str(found.value)
+    assert message.startswith(words) and "\n" not in message
+    assert re.search("; valid: .+; (give|multiply|take|make) ", message)
+
+
+@pytest.mark.parametrize("words", GRIDS)
+def test_a_grid_that_a_quantizer_would_read_beyond_its_end_is_refused(words, fitting, started):
+    arrays = {"scales": (1,), "limits": (1,)} | GRIDS[words]
+    grid = InputGrid(**{name: mx.ones(shape) for name, shape in arrays.items()})
+    modulation = Modulation(mx.ones((2, 128)), mx.ones((1, 128)), NORM_EPS)
+    before = len(started)
+    for quantize in (
+        lambda: fitting.backend.quantize(fitting.x, grid),
+        lambda: fitting.backend.quantize_modulated(fitting.x, modulation, grid),
+        lambda: fitting.backend.linear(fitting.x, grid, fitting.operand),
+        lambda: metal_int8_kernels.quantize(fitting.x, grid),
+    ):
+        assert_refused(words, quantize)
+    assert len(started) == before
+
+
+def table_of(columns: int) -> kernels.Following:
+    return kernels.following(InputGrid.of_codes(127), columns)
+
+
+PRODUCTS = {
+    "columns of the codes: 100; valid: 128": lambda g: g.backend.linear(
+        mx.ones((4, 100)), g.grid, g.operand
+    ),
+    "columns of the codes: 6144": lambda g: g.backend.product(
+        g.backend.quantize(mx.ones((4, 6144)), g.grid), g.operand, mx.float16
+    ),
+    "pieces of the weight's rows and depth: (2, 1); valid: (2, 48)": lambda g: kernels.multiply(
+        kernels.quantize(mx.ones((4, 6144)), g.grid),
+        g.operand["tiles"],
+        g.operand["scales"],
+        g.operand["columns"],
+        mx.float16,
+        MMA,
+    ),
+    "numbers in the row of biases: 256; valid: 512": lambda g: g.backend.product(
+        g.codes, g.operand, mx.float16, mx.zeros((256,))
+    ),
+    "numbers in the row of biases: 1024": lambda g: g.backend.product_gelu(
+        g.codes,
+        g.operand,
+        table_of(256),
+        g.backend.bias_table(g.operand, mx.zeros((2, 256))),
+    ),
+    "number of factors: 3; valid: 1 or 10": lambda g: g.codes.times(mx.ones((3,))),
+    "shape of the residual: (2, 5, 128)": lambda g: g.backend.product_added(
+        g.codes, g.operand, g.residual[..., :128], g.gate[:, :128]
+    ),
+    "shape of the residual: (2, 4, 256)": lambda g: g.backend.product_added(
+        g.codes, g.operand, g.residual[:, :4], g.gate
+    ),
+    "shape of the residual: (10, 256)": lambda g: g.backend.product_added(
+        g.codes, g.operand, g.residual.reshape(10, 256), g.gate
+    ),
+    "gate: (2, 128) of mlx.core.float32; valid: (1, 256) or (2, 256)": lambda g: (
+        g.backend.product_added(g.codes, g.operand, g.residual, g.gate[:, :128])
+    ),
+    "gate: (2, 256) of mlx.core.float16": lambda g: g.backend.product_added(
+        g.codes, g.operand, g.residual, g.gate.astype(mx.float16)
+    ),
+    "input, scale and shift: (2, 5, 128) of mlx.core.float32, (3, 128)": lambda g: (
+        g.backend.quantize_modulated(
+            g.x, Modulation(mx.ones((3, 128)), mx.ones((1, 128)), NORM_EPS), g.grid
+        )
+    ),
+    "numbers in table, scale and limit of the next grid: (1024, 1, 1); valid: (512, 1, 1)": (
+        lambda g: g.backend.product_gelu(g.codes, g.operand, table_of(512))
+    ),
+    "numbers in table, scale and limit of the next grid: (512, 2, 1)": lambda g: (
+        g.backend.product_gelu(
+            g.codes,
+            g.operand,
+            g.backend.following(table_of(256).table, mx.ones((2,)), mx.ones((1,))),
+        )
+    ),
+    "number of scales: 2; valid: a divisor of the number of rows, 1": lambda g: kernels.following(
+        InputGrid(mx.ones((2,)), mx.ones((2,))), 256
+    ),
+}
+
+
+@pytest.mark.parametrize("words", PRODUCTS)
+def test_operands_that_a_product_would_read_beyond_their_end_are_refused(words, fitting, started):
+    assert_refused(words, lambda: PRODUCTS[words](fitting))
+    assert set(started) == {"unpack", "quantize"}
+
+
+def test_operands_that_fit_are_taken(fitting, started):
+    """Of one entry and of two; also what the layers of a whole model give, all of it joined."""
+    backend, operand, codes = fitting.backend, fitting.operand, fitting.codes
+    row = backend.bias_table(operand, mx.zeros((3, 256)))[1]
+    grid = InputGrid(mx.ones((2,)), mx.ones((2,)), mx.ones((2, 1, 128)), mx.ones((128,)))
+    modulation = Modulation(mx.ones((2, 128)), mx.ones((1, 128)), NORM_EPS)
+    assert backend.linear(fitting.x, grid, operand, row).shape == (2, 5, 256)
+    assert backend.product(backend.quantize(fitting.x[0, 1:], grid), operand, mx.float16).size
+    assert backend.quantize_modulated(fitting.x, modulation, grid).rows == 10
+    assert backend.product_added(codes, operand, fitting.residual, fitting.gate[:1]).shape == (
+        2,
+        5,
+        256,
+    )
+    assert backend.product_gelu(codes, operand, table_of(256), row).columns == 256
+    pipeline = quantized_pipeline("tiny", smoothing=True, modulation=False, kernel="cuda_int8")
+    join(pipeline.transformer)
+    found = pipeline.condition(["a large red star in the center on a night background"], 4.0)
+    del started[:]
+    latent = mx.random.normal((1, 8, 8, 16))
+    for compiled in (False, True):
+        pipeline.velocity(found, 4.0, compiled=compiled)(latent, mx.array(0.5))
+    assert set(started) == {"quantize", "normalize", "multiply", "added", "gelu"}
+
+
 @without_cuda
 def test_low_memory_takes_integer_kernels_only_where_they_are_right(nvidia):
     nvidia("NVIDIA L40S", 8, 9)
@@ -288,6 +467,20 @@ def test_a_self_test_that_failed_is_told_with_its_reason_and_a_way_out(nvidia):
     file.unlink()
     nvidia()
     assert status() == failed
+
+
+def test_a_narrow_kernel_that_failed_is_told_beside_the_one_that_is_used(nvidia):
+    nvidia()
+    for variant, wrong in ((WGMMA, ""), (NARROW, f"Case(rows=1): 12 {COUNTED}")):
+        record(variant).write(wrong)
+    passed = "wgmma on sm_90, self-test passed"
+    assert usable() is WGMMA and status() == (
+        f"{passed}; wgmma_192 not used: self-test of wgmma_192 failed on sm_90: Case(rows=1): "
+        f"12 wrong numbers; to test again delete {record(NARROW).file}"
+    )
+    record(NARROW).write("")
+    nvidia()  # the next process
+    assert status() == passed
 
 
 @without_cuda

@@ -9,7 +9,9 @@ from __future__ import annotations
 import itertools
 import json
 import platform
+import shutil
 import sys
+from pathlib import Path
 
 from src.backends import BACKENDS, Device, Weight, named, select
 from src.backends import metal_int8_check as check
@@ -19,6 +21,7 @@ from src.backends.fusing import Fusing, InputGrid
 from src.backends.metal_int8 import MetalInt8, fallback, fits, refusal, status, takes, usable
 from src.backends.metal_int8_check import Machine, macos_version, record, self_test, unsuited
 from src.backends.remembering import GIVEN_UP
+from src.errors import UserError
 from src.quant.artifacts import LayerConfig
 from src.quant.int8 import INT8Linear
 from src.quant.linear import QuantizedLinear, Runtime
@@ -255,6 +258,24 @@ def test_each_rows_own_grid_and_what_is_no_number(stand_in):
         assert values[7, 4] == (0 if per_token else 127)
 
 
+REFUSED = {
+    "columns of the codes: 128; valid: 6144": ((128, 128), (256, 6144), 256, None),
+    "number of the weight's scales: 128; valid: 256": ((128, 64), (256, 64), 128, None),
+    "numbers in the row of biases: 512; valid: 256": ((128, 64), (256, 64), 256, 512),
+}
+
+
+@pytest.mark.parametrize("words", REFUSED)
+def test_operands_that_a_product_would_read_beyond_their_end_are_refused(words):
+    values, weight, scales, bias = REFUSED[words]
+    codes = kernels.Codes(mx.zeros(values, dtype=mx.int8), mx.ones((5,)))
+    weight, bias = mx.zeros(weight, dtype=mx.int8), None if bias is None else mx.ones((bias,))
+    with pytest.raises(UserError, match=f"^{words}; give [^\n]*$"):
+        kernels.multiply(codes, weight, mx.ones((scales,)), bias, mx.float32)
+    with pytest.raises(UserError, match="^number of factors: 3; valid: 1 or 5; "):
+        codes.times(mx.ones((3,)))
+
+
 # --- the self-test
 
 
@@ -271,7 +292,7 @@ def test_the_self_test_passes_once_a_machine(stand_in):
 @on_stand_in
 @pytest.mark.slow
 @pytest.mark.parametrize("change", ["mlx", "macos", "architecture", "source", "version", "damage"])
-def test_what_is_remembered_holds_for_nothing_else(stand_in, mac, monkeypatch, change):
+def test_what_is_remembered_holds_for_nothing_else(stand_in, mac, monkeypatch, tmp_path, change):
     assert usable()
     launched = len(stand_in.launched)
     if change == "mlx":
@@ -281,8 +302,7 @@ def test_what_is_remembered_holds_for_nothing_else(stand_in, mac, monkeypatch, c
     elif change == "architecture":
         mac(architecture="applegpu_g18d")
     elif change == "source":
-        text = kernels.text
-        monkeypatch.setattr(kernels, "text", lambda name: text(name) + "\n")
+        changed(copied(monkeypatch, tmp_path) / "metal" / "multiply.metal")
     elif change == "version":
         data = json.loads(record_file().read_text())
         record_file().write_text(json.dumps({**data, "version": 99}))
@@ -291,6 +311,30 @@ def test_what_is_remembered_holds_for_nothing_else(stand_in, mac, monkeypatch, c
     forget()
     assert usable() and len(stand_in.launched) > launched
     assert json.loads(record_file().read_text())["wrong"] == ""
+
+
+def copied(monkeypatch, folder: Path) -> Path:
+    """The files that a result is about, in a place where they can be changed."""
+    files = Path(shutil.copytree(Path(check.__file__).parent, folder / "backends"))
+    monkeypatch.setattr(check, "__file__", str(files / "metal_int8_check.py"))
+    return files
+
+
+def changed(file: Path) -> None:
+    file.write_text(file.read_text() + "\n")
+
+
+def test_every_file_that_decides_what_runs_decides_what_is_remembered(monkeypatch, tmp_path):
+    """Python's too: it puts the kernels together, starts them, and says what is right."""
+    machine = Machine(M5, "applegpu_g17s", "26.2", "0.32.4")
+    files = copied(monkeypatch, tmp_path)
+    known = [record(machine).known]
+    modules = "metal_int8_kernels", "metal_int8_check", "cuda_int8_check", "fusing", "weight"
+    python = [files / f"{name}.py" for name in modules]
+    for file in (*python, *(files / "metal").iterdir()):
+        changed(file)
+        known.append(record(machine).known)
+    assert len(set(known)) == len(known) == 9
 
 
 WRONG = {

@@ -18,7 +18,7 @@ from .cuda_int8_kernels import UNPACKED_BITS, Codes, Following
 from .cuda_int8_source import MMA, NARROW, WGMMA, Variant
 from .dense import Dense
 from .device import HOPPER, Device
-from .fusing import InputGrid, Modulation, multiply_codes
+from .fusing import InputGrid, Modulation, check_depth, multiply_codes
 from .unpack import Unpack
 from .weight import Weight
 
@@ -51,10 +51,18 @@ def status() -> str:
     variant, name = suited(device), f"sm_{device.generation}"
     if variant is None:
         return f"not used: {name} is older than sm_80"
-    if wrong := self_test(variant):
-        failed = f"self-test of {variant.name} failed on {name}: {wrong}"
-        return f"not used: {failed}; {record(variant).way_out}"
-    return f"{variant.name} on {name}, self-test passed"
+    if why := failure(variant, name):
+        return why
+    passed = f"{variant.name} on {name}, self-test passed"
+    why = failure(NARROW, name) if variant is WGMMA else ""
+    return f"{passed}; {NARROW.name} {why}" if why else passed
+
+
+def failure(variant: Variant, name: str) -> str:
+    """Why a kernel is not used on the device of that name, and the way out; empty if it is."""
+    wrong = self_test(variant)
+    failed = f"not used: self-test of {variant.name} failed on {name}: {wrong}"
+    return f"{failed}; {record(variant).way_out}" if wrong else ""
 
 
 def refusal(weight: Weight, largest: int | None) -> str:
@@ -95,7 +103,7 @@ class CudaInt8:
         if refusal(weight, largest) or (variant := usable()) is None:
             fallback = "dense" if keeps else "unpack"
             return {"fallback": fallback, **FALLBACKS[fallback].prepare(weight, dtype, largest)}
-        operand = named_kernels(variant, weight.scales[:, 0])
+        operand = named_kernels(variant, weight.scales[:, 0], weight.columns)
         if lent:
             return {**operand, "bytes": weight}
         if self.keeps_packed and weight.bits in UNPACKED_BITS:
@@ -119,10 +127,11 @@ class CudaInt8:
         widths = [len(operand["scales"]) for operand in operands]
         if any(width != kernels.padded(width) for width in widths):
             return None
-        if len({part.shape[1] for part in parts}) > 1:
+        if len({operand["depth"] for operand in operands}) > 1:
             return None
         scales = mx.concatenate([operand["scales"] for operand in operands])
-        found = named_kernels(VARIANTS[operands[0]["kernel"]], scales)
+        first = operands[0]
+        found = named_kernels(VARIANTS[first["kernel"]], scales, first["depth"])
         found["tiles"] = mx.concatenate(parts)
         mx.eval(found["tiles"], found["scales"], found["columns"])
         end = 0
@@ -168,7 +177,7 @@ class CudaInt8:
         columns: mx.array | None = None,
     ) -> mx.array:
         """(rows, outputs); `columns` is a row of `column_table`, none adds no bias."""
-        weight = weight_of(operand, columns)
+        weight = weight_of(codes, operand, columns)
         return kernels.multiply(codes, *weight, dtype, variant_of(operand, codes))
 
     def product_added(
@@ -180,7 +189,7 @@ class CudaInt8:
         columns: mx.array | None = None,
     ) -> mx.array:
         """residual + gate · product, in the residual's shape and dtype."""
-        weight = weight_of(operand, columns)
+        weight = weight_of(codes, operand, columns)
         return kernels.multiply_added(codes, *weight, residual, gate, variant_of(operand, codes))
 
     def product_gelu(
@@ -191,7 +200,7 @@ class CudaInt8:
         columns: mx.array | None = None,
     ) -> Codes:
         """The product through GELU, quantized for the next."""
-        weight = weight_of(operand, columns)
+        weight = weight_of(codes, operand, columns)
         return kernels.multiply_gelu(codes, *weight, following, variant_of(operand, codes))
 
     def linear(
@@ -208,9 +217,9 @@ class CudaInt8:
         return self.product(self.quantize(x, grid), operand, x.dtype, columns).reshape(shape)
 
 
-def named_kernels(variant: Variant, scales: mx.array) -> dict[str, Any]:
+def named_kernels(variant: Variant, scales: mx.array, depth: int) -> dict[str, Any]:
     """What an operand says of these outputs, whatever its weight is kept as."""
-    found = {"kernel": variant.name, "scales": scales}
+    found = {"kernel": variant.name, "scales": scales, "depth": depth}
     found["columns"] = kernels.column_table(scales)[0]
     if variant is WGMMA and NARROW.fits(len(scales)) and not self_test(NARROW):
         found["narrow"] = NARROW.name
@@ -227,9 +236,10 @@ def variant_of(operand: dict[str, Any], codes: Codes) -> Variant:
 
 
 def weight_of(
-    operand: dict[str, Any], columns: mx.array | None
+    codes: Codes, operand: dict[str, Any], columns: mx.array | None
 ) -> tuple[mx.array, mx.array, mx.array]:
-    """Tiles, scales and the column table, the weight's own where none is given."""
+    """Tiles, scales and the column table, the weight's own where none is given, for these codes."""
+    check_depth(codes.columns, operand["depth"])  # tiles know it by whole pieces only
     columns = operand["columns"] if columns is None else columns
     return tiles_of(operand), operand["scales"], columns
 

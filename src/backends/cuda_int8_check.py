@@ -15,24 +15,19 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from ..store import hash_file, hash_json
 from . import cuda_int8_kernels as kernels
 from . import cuda_int8_source as sources
 from .cuda_int8_source import CHUNK, PIECE, Variant
 from .device import Device, device_name
 from .fusing import InputGrid, Modulation
-from .remembering import COUNTED, Record, found_once
+from .remembering import COUNTED, Record, found_once, source_hash
 from .weight import Weight
 
 SMALLEST_SCALE = np.float32(1e-12)
 DRIVER = Path("/proc/driver/nvidia/version")
 COMPILERS = ("nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu12")
-DECIDING = (
-    "cuda_int8_source",
-    "cuda_int8_kernels",
-    "cuda_int8_check",
-    "fusing",
-)  # what is compiled, started, asked
+# What is compiled, started, asked.
+DECIDING = ("cuda_int8_source", "cuda_int8_kernels", "cuda_int8_check", "fusing")
 
 
 class Case(NamedTuple):
@@ -385,11 +380,8 @@ def compiler() -> str:
 
 
 def record(variant: Variant) -> Record:
-    """Where the self-test's result is kept, and what it holds for: whole files, since Python puts
-    the kernels' source together and starts them, and says what is tested."""
-    here = Path(__file__).parent
-    files = [*sorted(sources.FOLDER.glob("*.cu")), *(here / f"{name}.py" for name in DECIDING)]
-    source = hash_json([hash_file(file) for file in files])
+    """Where the self-test's result is kept, and what it holds for."""
+    source = source_hash(sources.FOLDER.glob("*.cu"), Path(__file__).parent, DECIDING)
     machine = device_name(), f"sm_{Device.here().generation}", driver(), compiler()
     return Record(f"cuda_int8_{variant.name}", (*machine, mx.__version__, source))
 

@@ -27,7 +27,7 @@ from .cuda_int8_source import (
     quantize_kernel,
     unpack_kernel,
 )
-from .fusing import InputGrid, Modulation
+from .fusing import InputGrid, Modulation, check_factors, is_per_entry, unfit
 from .weight import Weight
 
 UNPACK_THREADS = 256
@@ -46,6 +46,7 @@ class Codes:
 
     def times(self, factors: mx.array) -> Codes:
         """The same codes; each row's scale is so many times as large."""
+        check_factors(factors, self.rows)
         return Codes(self.tiles, self.scales * factors, self.columns)
 
     @property
@@ -76,8 +77,9 @@ def quantize(x: mx.array, grid: InputGrid) -> Codes:
     x = x if x.ndim == 3 else x.reshape(1, -1, x.shape[-1])
     batch, tokens, columns = x.shape
     rows = batch * tokens
+    read = grid.arrays(rows, columns)
     tiles, scales = quantize_kernel()(
-        inputs=[x, *grid.arrays(columns)],
+        inputs=[x, *read],
         template=[*grid.flags(), ("T", x.dtype)],
         **by_rows(rows, columns),
     )
@@ -86,8 +88,14 @@ def quantize(x: mx.array, grid: InputGrid) -> Codes:
 
 def quantize_modulated(x: mx.array, modulation: Modulation, grid: InputGrid) -> Codes:
     """Codes of the modulated layer norm of (batch, tokens, columns) floats, in one pass."""
+    if not modulation.fits(x):
+        arrays = x, modulation.scale, modulation.shift
+        found = ", ".join(f"{v.shape} of {v.dtype}" for v in arrays)
+        valid = "(batch, tokens, columns), twice (1 or batch, columns), all of one dtype"
+        raise unfit("input, scale and shift", found, valid, "give one vector an entry of the batch")
     batch, tokens, columns = x.shape
-    read = (v if v.size == 1 else mx.contiguous(v) for v in grid.arrays(columns))
+    given = grid.arrays(batch * tokens, columns)
+    read = (v if v.size == 1 else mx.contiguous(v) for v in given)
     held = pieces(columns, 32 * CHUNK)
     tiles, scales = normalize_kernel(modulation.eps, held)(
         inputs=[x, modulation.scale, modulation.shift, *read],
@@ -154,6 +162,7 @@ def input_table(shifts: mx.array | None, smoothing: mx.array | None, columns: in
 
 def following(grid: InputGrid, columns: int) -> Following:
     """Of a static grid with one entry; made once for all products at the same step."""
+    grid.check(1, columns)
     table = input_table(grid.shift, grid.smoothing, columns)
     return Following(table[0], grid.scales, grid.limits)
 
@@ -175,6 +184,20 @@ def launch(variant: Variant, rows: int, width: int) -> dict[str, Any]:
     return {"grid": (blocks * variant.threads, 1, 1), "threadgroup": (variant.threads, 1, 1)}
 
 
+def check_product(
+    codes: Codes, tiles: mx.array, weight_scales: mx.array, columns: mx.array
+) -> None:
+    """Raises unless these are of one product: the kernel goes by the weight's depth and outputs."""
+    width = padded(len(weight_scales))
+    wanted = (width // PIECE, codes.tiles.shape[1])
+    if tiles.shape[:2] != wanted:
+        way_out = "multiply codes as deep as the weight, and give its own scales"
+        raise unfit("pieces of the weight's rows and depth", tiles.shape[:2], wanted, way_out)
+    if columns.size != 2 * width:
+        way_out = "take a row of a table of the same weight"
+        raise unfit("numbers in the row of biases", columns.size, 2 * width, way_out)
+
+
 def multiply(
     codes: Codes,
     tiles: mx.array,
@@ -184,6 +207,7 @@ def multiply(
     variant: Variant,
 ) -> mx.array:
     """(rows, weight's rows) sums, scaled and with the bias; `columns` is a row of a table."""
+    check_product(codes, tiles, weight_scales, columns)
     return multiply_kernel(variant)(
         inputs=[codes.tiles, tiles, codes.scales, weight_scales, columns],
         template=[("T", dtype), ("TILE", variant.columns)],
@@ -204,6 +228,15 @@ def multiply_added(
 ) -> mx.array:
     """The same times (entries, weight's rows) gates plus a (batch, tokens, weight's rows) residual,
     whose shape and dtype it has; rounded once."""
+    check_product(codes, tiles, weight_scales, columns)
+    shape, width = residual.shape, len(weight_scales)
+    if len(shape) != 3 or shape[2] != width or shape[0] * shape[1] != codes.rows:
+        valid = f"(batch, tokens, {width}) with batch · tokens = {codes.rows}"
+        raise unfit("shape of the residual", shape, valid, "give one of the product's rows")
+    if not is_per_entry(gate, residual):
+        found = f"{gate.shape} of {gate.dtype}"
+        valid = f"(1, {width}) or ({shape[0]}, {width}) of {residual.dtype}"
+        raise unfit("gate", found, valid, "give one vector, or one for each entry of the batch")
     return added_kernel(variant)(
         inputs=[
             codes.tiles,
@@ -230,7 +263,13 @@ def multiply_gelu(
     variant: Variant,
 ) -> Codes:
     """The same through GELU, as codes for the next product; NaN of a row stays in its scale."""
+    check_product(codes, tiles, weight_scales, columns)
     width = len(weight_scales)
+    sizes = following.table.size, following.scale.size, following.limit.size
+    if sizes != (2 * padded(width), 1, 1):
+        valid = f"({2 * padded(width)}, 1, 1)"
+        way_out = f"make it by `following` for {width} columns"
+        raise unfit("numbers in table, scale and limit of the next grid", sizes, valid, way_out)
     tiles, scales = gelu_kernel(variant)(
         inputs=[
             codes.tiles,

@@ -13,6 +13,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import mlx.core as mx
 
+from ..errors import UserError
+
 
 @dataclass(frozen=True)
 class InputGrid:
@@ -33,9 +35,29 @@ class InputGrid:
         """For an input that holds codes already."""
         return cls(mx.array([1.0]), mx.array([float(limit)]))
 
-    def arrays(self, columns: int) -> list[mx.array]:
+    def check(self, rows: int, columns: int) -> None:
+        """Raises unless it has what a kernel reads for so many rows; by shapes alone, since it is
+        asked at every call."""
+        shift, smoothing = self.shift, self.smoothing
+        entries, limits = self.scales.size, self.limits.size
+        if not entries or rows % entries:
+            valid = f"a divisor of the number of rows, {rows}"
+            raise unfit("number of scales", entries, valid, "give one for each entry of the batch")
+        if limits != entries:
+            raise unfit("number of limits", limits, entries, "give one for each scale")
+        if shift is not None and (
+            shift.shape[-1:] != (columns,) or shift.size not in (columns, entries * columns)
+        ):
+            valid = f"({columns},) or ({entries}, {columns})"
+            raise unfit("shape of the shift", shift.shape, valid, "give a number for each column")
+        if smoothing is not None and smoothing.shape != (columns,):
+            way_out = "give a number for each column"
+            raise unfit("shape of the smoothing", smoothing.shape, (columns,), way_out)
+
+    def arrays(self, rows: int, columns: int) -> list[mx.array]:
         """What a quantizing kernel reads beside its input, in this order: scales, limits, shift and
         smoothing, with anything in the place of what is absent and so not read."""
+        self.check(rows, columns)
         return [
             self.scales.flatten(),
             self.limits.flatten(),
@@ -152,6 +174,23 @@ class Merging(Fusing, Protocol):
     def merged(self, operands: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
         """One operand of all their outputs, side by side, whose parts they are from then on; none
         where they cannot lie so."""
+
+
+def unfit(what: str, found: object, valid: object, way_out: str) -> UserError:
+    """Of an operand in whose place a kernel would read more numbers, or others, than it has."""
+    return UserError(f"{what}: {found}; valid: {valid}; {way_out}")
+
+
+def check_depth(codes: int, weight: int) -> None:
+    """Raises unless codes have as many columns as the weight that they meet."""
+    if codes != weight:
+        raise unfit("columns of the codes", codes, weight, "give an input as wide as the weight")
+
+
+def check_factors(factors: mx.array, rows: int) -> None:
+    """Raises unless there is one factor for all rows, or one for each."""
+    if factors.size not in (1, rows):
+        raise unfit("number of factors", factors.size, f"1 or {rows}", "give one for each row")
 
 
 def multiply_codes(

@@ -5,19 +5,21 @@ from __future__ import annotations
 import platform
 import re
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
-from ..store import hash_json
 from . import metal_int8_kernels as kernels
 from .cuda_int8_check import QUANTIZER_TEST, Case, first_wrong, random_input, random_product
 from .device import M5, Device
 from .fusing import InputGrid
-from .remembering import Record, found_once
+from .remembering import Record, found_once, source_hash
 
 OLDEST_MACOS = (26, 2)
+# What is compiled and started, asked, and compared with.
+DECIDING = ("metal_int8_kernels", "metal_int8_check", "cuda_int8_check", "fusing", "weight")
 
 # Ragged rows and whole tiles, one step of depth and many, sums beyond 2^24.
 SELF_TEST = (
@@ -83,8 +85,8 @@ def wrong_codes(case: tuple[int, int, mx.Dtype, dict[str, Any]]) -> int:
 
 def record(machine: Machine) -> Record:
     """Where the self-test's result is kept, and what it holds for."""
-    parts = [kernels.text(name) for name in ("quantize_header", "quantize", "multiply")]
-    source = hash_json([*parts, kernels.TILE, kernels.SIMDGROUPS])
+    here = Path(__file__).parent
+    source = source_hash((here / "metal").glob("*.metal"), here, DECIDING)
     return Record("metal_int8", (machine.architecture, machine.macos, machine.mlx, source))
 
 

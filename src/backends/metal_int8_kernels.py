@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from .fusing import InputGrid
+from .fusing import InputGrid, check_depth, check_factors, unfit
 
 TILE, SIMDGROUPS = 128, 8  # rows and columns of a tile, and how many simdgroups make one
 SIMDGROUP = 32  # threads
@@ -55,6 +55,7 @@ class Codes(NamedTuple):
 
     def times(self, factors: mx.array) -> Codes:
         """The same codes; each row's scale is so many times as large."""
+        check_factors(factors, len(self.scales))
         return Codes(self.values, self.scales * factors)
 
 
@@ -67,8 +68,9 @@ def quantize(x: mx.array, grid: InputGrid) -> Codes:
     columns = x.shape[-1]
     x = x.reshape(-1, columns)
     rows = len(x)
+    read = grid.arrays(rows, columns)
     values, scales = quantize_kernel()(
-        inputs=[x, *grid.arrays(columns)],
+        inputs=[x, *read],
         template=grid.flags(),
         output_shapes=[(whole_tiles(rows), columns), (rows,)],
         output_dtypes=[mx.int8, mx.float32],
@@ -83,6 +85,11 @@ def multiply(
 ) -> mx.array:
     """(rows, weight's rows) sums, scaled and with the bias."""
     width, depth = weight.shape
+    check_depth(codes.values.shape[1], depth)
+    if scales.size != width:
+        raise unfit("number of the weight's scales", scales.size, width, "give one for each output")
+    if bias is not None and bias.size != width:
+        raise unfit("numbers in the row of biases", bias.size, width, "give one for each output")
     at_once = max(1, (INDEX_BELOW - 1) // depth // TILE) * TILE
     parts = []
     for start in range(0, len(codes.scales), at_once):

@@ -7,14 +7,14 @@ that it took its process with it, or was killed with it: it is begun once more, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..store import folder_lock, hash_json, read_json, write_json
+from ..store import folder_lock, hash_file, hash_json, read_json, write_json
 from .tuning import cache_folder
 
 VERSION = 2
@@ -68,6 +68,13 @@ class Record:
     def forget(self) -> None:
         with suppress(OSError):
             self.file.unlink(missing_ok=True)
+
+
+def source_hash(kernels: Iterable[Path], folder: Path, modules: Iterable[str]) -> str:
+    """What a result holds for of the kernels' files and of a folder's modules: whole files, since
+    Python puts the kernels' source together and starts them, and says what is tested."""
+    files = [*sorted(kernels), *(folder / f"{name}.py" for name in modules)]
+    return hash_json([hash_file(file) for file in files])
 
 
 def found_once(record: Record, test: Callable[[], str]) -> str:
