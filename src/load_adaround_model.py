@@ -19,7 +19,7 @@ from .inference.int8 import OFF, Int8, refuse_beside_codes
 from .inference.open import Quantized, Settings, check_sigmas, open_artifacts
 from .inference.options import int8_options
 from .inference.residual_options import AS_THE_TRACK_HAS_IT, Inputs, input_options
-from .inference.residuals import Options, Work, refuse
+from .inference.residuals import Options, Work, refuse, refuse_unmatched
 from .inference.work import Loaded, Wanted, run_exact, run_quantized
 from .model_options import model_options
 from .models.load import MODELS, Model
@@ -55,6 +55,7 @@ def load_adaround_model(
     """Draws prompt i with seed + i on the quantized model, which is given back with all files.
 
     Without prompts it only saves, if told to, or draws the first of the model's evaluation list.
+    Where nothing is drawn, `inputs` are only checked: what is saved does not hold them.
     `wanted` are the fields of `inference.work.Wanted`, named as on the command line.
     """
     work = Wanted(output_paths(Path(output_image), max(1, len(prompts))), **wanted)
@@ -71,15 +72,20 @@ def load_adaround_model(
         prompts = load_prompts(f"{artifacts.pipeline.prompts}_evaluation")[:1]
     request = Request.of(artifacts.pipeline, prompts, seed, num_steps, cfg_weight)
     check_sigmas(artifacts, request.sigmas(artifacts.pipeline))
-    if inputs.options is not None:
-        refuse(artifacts.pipeline, inputs.options, work_of(artifacts.pipeline, request))
+    options = inputs.options
+    if options is not None and work.images:
+        refuse(artifacts.pipeline, options, work_of(artifacts.pipeline, request))
+    elif options is not None:
+        refuse_unmatched(artifacts.pipeline, options)
     for note in artifacts.notes:
         click.echo(f"note: {note}", err=True)
     exact = run_exact(artifacts, request, work)
     quantized = artifacts.inject(keep=work.measures)
     del artifacts  # and with it the codes as the files have them, a byte each
-    if inputs.options is not None:
-        quantized = quantize_inputs(quantized, inputs.options, request)
+    if options is not None and work.save is not None:
+        click.echo(f"note: {what_is_saved(quantized, options, work.save)}", err=True)
+    if options is not None and work.images:
+        quantized = quantize_inputs(quantized, options, request)
     return run_quantized(quantized, request, work, exact)
 
 
@@ -88,6 +94,13 @@ def quantize_inputs(quantized: Quantized, options: Options, request: Request) ->
     work = work_of(quantized.pipeline, request)
     with Bar("scales", request.num_steps) as bar:
         return quantized.quantize_inputs(options, work, click.echo, [bar])
+
+
+def what_is_saved(quantized: Quantized, options: Options, folder: str | Path) -> str:
+    """Of a model whose inputs are still to be quantized here."""
+    without = "quantized inputs" if options.modulate is None else "modulation"
+    unused = "" if quantized.config is None else "; the quant config's grids are not used there"
+    return f"saved without {without}: {folder} runs as {quantized.name}{unused}"
 
 
 def work_of(pipeline: Pipeline, request: Request) -> Work:
@@ -156,7 +169,7 @@ def main(prompt: str | None, file: str | None, **settings: Any) -> None:
     start = time.perf_counter()
     done = load_adaround_model(chosen_prompts(prompt, file), **settings)
     seconds, peak = time.perf_counter() - start, human_bytes(peak_memory_bytes())
-    names = ", ".join(map(str, done.files))
+    names = ", ".join(done.described_files())
     click.echo(f"{done.quantized.name}: wrote {names} in {seconds:.1f} s, peak {peak}")
 
 

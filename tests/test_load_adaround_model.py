@@ -431,7 +431,10 @@ def test_changes_are_quantized_and_the_model_is_saved_without(work):
     """What is drawn, measured and reported is modulated; what is saved is the layers alone."""
     options = ["--modulate", "--act-bit", "6", "--residual-scale", "token"]
     result = succeed(work, *options, "--diff-stats", "--report", "report", "--save", "saved")
-    assert "modulation keeps" in result.stdout and "W4A6 modulated: wrote" in result.stdout
+    assert "modulation keeps" in result.stdout
+    last = result.stdout.splitlines()[-1]
+    assert last.startswith("W4A6 modulated: wrote quantized.png, report/report.html, saved (W4A16)")
+    assert notes(result)[-1] == "note: saved without modulation: saved runs as W4A16"
     page = (work / "report" / "report.html").read_text()
     assert "W4A6 modulated" in page and "largest value" in page
     plain = succeed(work, "--weights-only", "--save", "plain", "--output-image", "plain.png")
@@ -443,6 +446,22 @@ def test_changes_are_quantized_and_the_model_is_saved_without(work):
     cards = [(work / name / "README.md").read_text() for name in ("saved", "plain")]
     assert all("W4A16" in card and "modulated" not in card for card in cards)
     assert (work / "quantized.png").read_bytes() != (work / "plain.png").read_bytes()
+
+
+def test_where_it_only_saves_nothing_is_measured_and_it_says_what_it_saves(work):
+    """Neither scales nor what memory would have to hold: no picture is drawn on them."""
+    result = stage(work, *CONFIG, "--modulate", "--scale-pictures", "100000000", "--save", "only")
+    assert result.returncode == 0, result.stderr
+    (line,) = result.stdout.splitlines()
+    assert line.startswith("W4A16: wrote only in ")
+    assert notes(result) == [
+        "note: saved without modulation: only runs as W4A16; the quant config's grids are not used "
+        "there"
+    ]
+    result = stage(work, "--act-bit", "6", "--save", "values")
+    assert notes(result) == ["note: saved without quantized inputs: values runs as W4A16"]
+    assert all("W4A16" in (work / name / "README.md").read_text() for name in ("only", "values"))
+    assert_one_error_line(stage(work, "--modulate", "fc9", "--save", "none"), "matches none of 21")
 
 
 def test_blocks_are_measured_along_the_whole_way(work):

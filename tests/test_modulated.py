@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from src.errors import UserError
+from src.inference import residual_memory
 from src.inference.residual_measures import gains_of
 from src.inference.residual_setup import apply, prepare
 from src.inference.residuals import (
     Options,
     Work,
     cache_bytes,
+    largest_work,
     layers_of,
     refuse,
     unwrap,
@@ -44,6 +46,7 @@ from src.quant.residual_scales import (
 )
 from src.quant.schedule import Schedule, Step
 from src.sampling import Noise, denoise, guided
+from src.store import human_bytes
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -614,6 +617,9 @@ class Counting:
         self.asked += 1
         return self.encoder(prompts)
 
+    def tokens(self) -> int:
+        return self.encoder.tokens()
+
 
 def test_texts_are_encoded_once_for_all_layers():
     pipeline = load_pipeline("tiny")
@@ -621,9 +627,39 @@ def test_texts_are_encoded_once_for_all_layers():
     pipeline, work = replace(pipeline, encode_text=counting), four_steps(pipeline)
     found = gains_of(pipeline, Options("auto", modulate_memory=1.0), work, None, lambda line: None)
     assert counting.asked == 1 and len(found) > 1
-    refuse(pipeline, Options("all"), work)
-    prepare(pipeline, Options(None, 8, "token"), work, None, print)
-    assert counting.asked == 1
+    for options in (Options("all"), Options("all", modulate_memory=1.0), Options(None, 8, "token")):
+        refuse(pipeline, options, work)
+    prepare(pipeline, Options("all", 8, "token"), work, None, print)
+    assert counting.asked == 1  # counting bytes takes how many tokens a text has, and no text
+
+
+@pytest.mark.parametrize(
+    ("options", "pictures", "words"),
+    [
+        (Options("all", 8, "token"), 3, "give a smaller --batch-size, a --modulate pattern"),
+        (Options("all", scale_pictures=3), 1, "give fewer --scale-pictures, a --modulate pattern"),
+        (Options("all", 8, "token"), 1, "give a --modulate pattern of fewer layers, or --modulate"),
+        (Options("auto", 8, "token", 9e9), 3, "--modulate-memory 9000000000.0 GB lets .* smaller"),
+    ],
+)
+def test_what_memory_has_no_room_for_is_refused_before_anything_is_measured(
+    monkeypatch, options, pictures, words
+):
+    """Counted with the model's weights; where they just fit, all of it runs."""
+    pipeline, lines = load_pipeline("tiny"), []
+    work = Work.of(pipeline, 4, 4.0, pictures)
+    kept = sum(cache_bytes(pipeline, largest_work(options, work)).values())
+    weights = sum(array.nbytes for _, array in tree_flatten(pipeline.transformer.parameters()))
+    needed = kept + weights
+    monkeypatch.setattr(residual_memory, "memory_bytes", lambda: needed - 1)
+    numbers = f"weights that is {human_bytes(needed)}, this machine has {human_bytes(needed - 1)}; "
+    with pytest.raises(UserError, match=words) as refused:
+        prepare(pipeline, options, work, None, lines.append)
+    assert numbers in str(refused.value) and not lines
+    refuse(pipeline, options, work)  # its weights are not counted before they are known
+    monkeypatch.setattr(residual_memory, "memory_bytes", lambda: needed)
+    prepare(pipeline, options, work, None, lines.append)
+    assert "modulation keeps" in "".join(lines)
 
 
 def test_a_budget_takes_the_largest_gains_for_a_byte():

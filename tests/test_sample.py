@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from src.evaluation.networks import ScorerNetwork
+from src.inference import residual_memory
 from src.inference.residual_options import Inputs
 from src.inference.residuals import Work
 from src.mass_sampling.plan import Plan, Subject
@@ -216,6 +217,19 @@ def test_features_alone_tell_what_the_pictures_would(tmp_path):
 def test_what_cannot_be_is_one_line(work, arguments, words):
     assert_one_error_line(stage(work, "refused", *arguments), *words)
     assert not (work / "refused" / "manifest.json").exists()
+
+
+def test_modulation_that_memory_has_no_room_for_is_refused_before_the_folder_is_begun(
+    work, monkeypatch
+):
+    """So that the same command with fewer pictures at once may fill it."""
+    dynamic = [*MODULATED, "--residual-scale", "token"]
+    monkeypatch.setattr(residual_memory, "memory_bytes", lambda: 10**6)
+    words = ["2 pictures at once", "this machine has 1.0 MB", "a smaller --batch-size"]
+    assert_one_error_line(stage(work, "large", *dynamic), *words)
+    auto = [*dynamic, "--modulate", "auto", "--modulate-memory", "5"]
+    assert_one_error_line(stage(work, "large", *auto), "--modulate-memory 5.0 GB lets modulation")
+    assert not (work / "large" / "manifest.json").exists()
 
 
 def test_a_folder_of_other_work_is_left_alone(undisturbed, work):

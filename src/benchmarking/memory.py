@@ -8,8 +8,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from ..backends import Device
-from ..cli import memory_bytes
-from ..errors import UserError
+from ..inference import residual_memory
 from ..inference.memory import is_block_linear, linears
 from ..inference.sd3_memory import step_bytes
 from ..models.configs import MMDiTConfig
@@ -59,9 +58,9 @@ def needed_bytes(
 
 def require_memory(needed: int, rows: int) -> None:
     """Raises where the machine has less."""
-    if needed > (there := memory_bytes()):
-        raise UserError(
-            f"{rows} rows need about {human_bytes(needed)} together, this machine has "
-            f"{human_bytes(there)}; compare fewer (--kernel, --dtype, --modulate none), or smaller "
-            "pictures (--batch-size, --height, --width)"
-        )
+    residual_memory.require_memory(
+        needed,
+        f"{rows} rows need about {human_bytes(needed)} together",
+        "compare fewer (--kernel, --dtype, --modulate none), or smaller pictures (--batch-size, "
+        "--height, --width)",
+    )

@@ -19,6 +19,7 @@ from ..sampling import StepCallback
 from ..store import read_json, require_match, write_json
 from ..store.files import damaged
 from .residual_measures import Say, gains_of, measured_scales
+from .residual_memory import held_bytes
 from .residuals import (
     Choice,
     Levels,
@@ -28,6 +29,7 @@ from .residuals import (
     largest_work,
     layers_of,
     quantizers_of,
+    refuse,
     wrap,
 )
 
@@ -88,10 +90,12 @@ def prepare(
     callbacks: Sequence[StepCallback] = (),
 ) -> Prepared:
     """Chooses the layers, says what they keep, and measures their scales where they are static.
+    What memory has no room for beside the model is refused first.
 
     `level` is what the transformer follows. Its layers are in their places again afterwards, but
     their kernels may be prepared for other inputs than before: `apply` prepares them anew.
     """
+    refuse(pipeline, options, work, held_bytes(pipeline.transformer))
     largest = largest_work(options, work)
     choice = choose(
         pipeline, options, largest, lambda: gains_of(pipeline, options, work, level, say)

@@ -33,7 +33,9 @@ from ..quant.residual_scales import (
     check_kind,
 )
 from ..quant.schedule import Step
+from ..sampling import uses_guidance
 from ..store import human_bytes
+from .residual_memory import require_memory
 
 ALL, AUTO = "all", "auto"
 SCALE_PICTURES = 8
@@ -157,15 +159,9 @@ def cache_bytes(pipeline: Pipeline, work: Work) -> dict[str, int]:
     """By path, what a layer would keep from step to step."""
     model = pipeline.transformer
     height, width, _ = pipeline.latent_shape(work.height, work.width)
-    conditioning = pipeline.condition([""], work.cfg_weight)
-    tokens = dict(
-        zip(
-            STREAMS,
-            (height * width // model.config.patch**2, conditioning.text.shape[1]),
-            strict=True,
-        )
-    )
-    rows = work.batch_size * len(conditioning.text)
+    image = height * width // model.config.patch**2
+    tokens = dict(zip(STREAMS, (image, pipeline.encode_text.tokens()), strict=True))
+    rows = work.batch_size * (2 if uses_guidance(work.cfg_weight) else 1)
     return {
         path: FLOAT_BYTES * rows * tokens[path.split(".")[2]] * sum(shape_of(layer))
         for path, layer in layers_of(model).items()
@@ -222,21 +218,46 @@ def choose(
     return choice
 
 
-def refuse(pipeline: Pipeline, options: Options, work: Work) -> None:
-    """Raises for layers that are not there, or that keep too much, before any work."""
+def refuse_unmatched(pipeline: Pipeline, options: Options) -> None:
+    """Raises for layers that are not there."""
+    if options.modulate not in (None, AUTO):
+        matching(list(layers_of(pipeline.transformer)), options.modulate)
+
+
+def refuse(pipeline: Pipeline, options: Options, work: Work, weights: int = 0) -> None:
+    """Raises for layers that are not there, or that keep too much, before any work.
+
+    `weights` are the bytes that the model itself takes beside them: 0 where it is not yet what
+    will draw.
+    """
     if options.modulate is None:
         return
+    largest = largest_work(options, work)
     if options.modulate == AUTO:
         if work.num_steps < 2:
             raise UserError("--modulate auto measures changes, and one step has none; draw in more")
-        budget, nbytes = options.modulate_memory * 1e9, cache_bytes(pipeline, work)
+        budget, nbytes = options.modulate_memory * 1e9, cache_bytes(pipeline, largest)
         if budget < min(nbytes.values()):
             raise nothing_fits(budget, nbytes)
-        return
-    if options.modulate_memory is None:  # a text is encoded only where bytes are counted
-        matching(list(layers_of(pipeline.transformer)), options.modulate)
+        kept = min(budget, sum(nbytes.values()))
+        said = f"--modulate-memory {options.modulate_memory} GB lets modulation keep "
+        said, ways_out = f"{said}{human_bytes(kept)}", "give a smaller one"
     else:
-        choose(pipeline, options, largest_work(options, work), dict)
+        choice = choose(pipeline, options, largest, dict)
+        kept, said = choice.taken, choice.described(largest.batch_size)
+        ways_out = ways_to_keep_less(work, largest)
+    beside = f"; with the model's weights that is {human_bytes(kept + weights)}" if weights else ""
+    require_memory(kept + weights, f"{said}{beside}", ways_out)
+
+
+def ways_to_keep_less(work: Work, largest: Work) -> str:
+    """What binds is how many pictures are drawn at once, or on how many scales are measured."""
+    ways = ["a --modulate pattern of fewer layers", f"--modulate {AUTO} with --modulate-memory"]
+    if largest.batch_size > work.batch_size:
+        ways.insert(0, "fewer --scale-pictures")
+    elif work.batch_size > 1:
+        ways.insert(0, "a smaller --batch-size")
+    return f"give {', '.join(ways[:-1])}, or {ways[-1]}"
 
 
 def within(budget: float, gains: Mapping[str, float], nbytes: Mapping[str, int]) -> list[str]:

@@ -91,6 +91,13 @@ class Loaded:
     measured: Measured | None
     ladder: list[Rung]
     files: list[Path]
+    saved: Path | None = None  # one of them
+
+    def described_files(self) -> list[str]:
+        """A saved model with its own name, where that is not the name of what drew."""
+        own = saved_name(self.quantized)
+        beside = "" if own == self.quantized.name else f" ({own})"
+        return [f"{path}{beside if path == self.saved else ''}" for path in self.files]
 
 
 def run_exact(artifacts: Artifacts, request: Request, wanted: Wanted) -> Exact:
@@ -133,9 +140,11 @@ def run_quantized(quantized: Quantized, request: Request, wanted: Wanted, exact:
     if wanted.report is not None:
         report = comparison_report(quantized, request, compared, measured, exact.ladder)
         files.append(write_page(report, Path(wanted.report) / PAGE))
+    saved = None
     if wanted.save is not None:
-        files.append(save(quantized, Path(wanted.save), wanted.force))
-    return Loaded(quantized, compared, measured, exact.ladder, files)
+        saved = save(quantized, Path(wanted.save), wanted.force)
+        files.append(saved)
+    return Loaded(quantized, compared, measured, exact.ladder, files, saved)
 
 
 def write_pictures(
@@ -163,9 +172,16 @@ def write_pictures(
 
 def save(quantized: Quantized, folder: Path, force: bool) -> Path:
     """Without wrappers, and so without what these did to inputs."""
-    saved = replace(quantized, inputs=None).name
-    settings = {"weights": f"{quantized.bits} bits, {quantized.method}", "runs as": saved}
+    settings = {
+        "weights": f"{quantized.bits} bits, {quantized.method}",
+        "runs as": saved_name(quantized),
+    }
     with quantized.without_wrappers() as pipeline:
         return save_model(
             pipeline, folder, made_from=quantized.sources.hashes, settings=settings, force=force
         )
+
+
+def saved_name(quantized: Quantized) -> str:
+    """Of what is saved, such as W4A16."""
+    return replace(quantized, inputs=None).name

@@ -13,6 +13,7 @@ from ..errors import UserError
 from ..evaluation.networks import Network, network
 from ..evaluation.sources import DTYPES
 from ..inference.open import Settings, open_artifacts
+from ..inference.residual_memory import held_bytes
 from ..inference.residual_options import SIXTEEN
 from ..inference.residuals import Options, Work, refuse
 from ..models.load import Model, chosen, defaulted, load_pipeline
@@ -198,7 +199,7 @@ def make_plan(subject: Subject, options: Options | None, order: Order) -> Plan:
         None if order.keep == "pictures" else network(order.inception),
     )
     if options is not None:
-        refuse(pipeline, options, plan.work)
+        refuse(pipeline, options, plan.work, held_bytes(pipeline.transformer))
     pipeline.check(sorted(set(plan.prompts)))
     if plan.eyes is not None:
         plan.eyes.check(*plan.size)
