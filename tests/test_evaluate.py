@@ -7,17 +7,22 @@ from pathlib import Path
 
 from src.errors import UserError
 from src.evaluate import evaluate
+from src.evaluation.accuracy import verdicts_of
 from src.evaluation.networks import Features, Identity, ScorerNetwork
-from src.evaluation.sources import is_model
-from src.evaluation.statistics import Statistics, load_statistics
+from src.evaluation.sources import Folder, is_model, open_folder
+from src.evaluation.statistics import Known, Statistics, load_statistics
+from src.evaluation.work import Settings, prepare
 from src.metrics.fidelity import bootstrap_interval
 from src.metrics.inception_score import InceptionScore
 from src.metrics.psnr import psnr
 from src.metrics.ssim import ssim
 from src.models.load import ModelChoice
+from src.models.nano.captions import captions, parse
+from src.models.nano.judge import judge
 from src.models.nano.render import render
 from src.models.nano.scenes import sample_scenes
 from src.quant.int8_operators import BACKEND_NAMES
+from src.report.picture import write_picture
 from src.store import save_npz
 
 import mlx.core as mx
@@ -216,6 +221,8 @@ def test_a_few_pairs_in_folders(tmp_path, drawn):
     result = run_here("src.evaluate", *arguments, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "median PSNR" in result.stdout and "FID" not in result.stdout
+    assert "Inception Score —" in result.stdout
+    assert "no Inception Score of 8 pictures" in result.stderr
     data = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())
     for index, row in enumerate(data["paired"]["pictures"]):
         assert row["name"] == f"{index:03d}.png"
@@ -227,7 +234,9 @@ def test_a_few_pairs_in_folders(tmp_path, drawn):
     figures = paired["figures"]["ssim"]
     low, high = figures["median_interval"]
     assert figures["worst"] <= low <= figures["median"] <= high
+    assert data["inception_score"]["mean"] is None and "accuracy" not in data
     page = (tmp_path / "evaluation" / "evaluation.md").read_text()
+    assert "| Inception Score | — |" in page
     for name in ("pairs.png", "pictures.png"):
         assert name in page and Image.open(tmp_path / "evaluation" / name).width > 300
     again = run_here("src.evaluate", *arguments, cwd=tmp_path)
@@ -251,6 +260,7 @@ def test_sets_in_folders_and_their_statistics(tmp_path):
         matrix_root_distance(first.spatial.astype(float), second.spatial.astype(float)), rel=1e-4
     )
     assert "paired" not in found and "names differ, as 200.png" in found["notes"][0]
+    assert "here 200 are compared with 209" in found["notes"][1]
     assert found["against_inception_score"]["splits"] == 10
     again = evaluate(paths[1], tmp_path / "z", against=saved, batch_size=64)
     assert again["fid"]["value"] == pytest.approx(found["fid"]["value"], rel=1e-4)
@@ -258,6 +268,87 @@ def test_sets_in_folders_and_their_statistics(tmp_path):
     score = again["inception_score"]["mean"]
     assert score == pytest.approx(found["against_inception_score"]["mean"])
     assert (tmp_path / "z" / "features.png").exists()
+
+
+def notes_of(count: int, against: Folder | Known | None = None, **settings) -> list[str]:
+    settings = Settings(paired=False, **settings)
+    return prepare(folder_of(count), against, ScorerNetwork(), settings, False).notes
+
+
+def folder_of(count: int) -> Folder:
+    return Folder(Path("a"), [f"{i}.png" for i in range(count)], (128, 128))
+
+
+@pytest.mark.parametrize(
+    ("count", "splits", "words"),
+    [
+        (1, None, "no Inception Score of 1 pictures"),
+        (19, None, "no Inception Score of 19 pictures: with 10 parts"),
+        (20, None, "the Inception Score of 20 pictures in 10 parts is held down"),
+        (899, None, "than the network has classes, 90"),
+        (900, None, None),
+        (5, 3, "no Inception Score of 5 pictures: with 3 parts"),
+        (90, 1, None),
+    ],
+)
+def test_a_score_of_few_pictures_is_none_or_has_a_note(count, splits, words):
+    notes = notes_of(count, folder_of(count), fid=False, splits=splits)
+    assert len(notes) == (words is not None)
+    assert words is None or words in notes[0]
+
+
+def test_distances_of_different_or_unknown_numbers_have_a_note():
+    known = streamed(900, 4, 0)[0].known
+    assert notes_of(900, known) == []
+    assert notes_of(900, folder_of(900)) == []
+    (note,) = notes_of(900, folder_of(901))
+    assert "FID is only comparable" in note and "here 900 are compared with 901" in note
+    (note,) = notes_of(901, known)
+    assert "here 901 are compared with 900" in note
+    (note,) = notes_of(900, Known(known.pooled, known.spatial, None))
+    assert "the statistics do not say of how many" in note
+    assert notes_of(900, folder_of(901), fid=False) == []
+
+
+def write_drawn(folder: Path, pictures: np.ndarray, prompts: list[str], model: str) -> Path:
+    """A folder as `ditq sample` fills it."""
+    folder.mkdir()
+    for index, (picture, prompt) in enumerate(zip(pictures, prompts, strict=True)):
+        write_picture(folder / f"{index:05d}.png", picture, prompt=prompt, seed=index, model=model)
+    return folder
+
+
+@pytest.mark.slow
+def test_folders_that_nano_drew_are_judged_by_their_captions(tmp_path, drawn):
+    prompts = captions(sample_scenes(np.random.default_rng(0), len(drawn)))
+    wrong = np.r_[drawn[:6], drawn[[7, 6]]]
+    found = write_drawn(tmp_path / "a", wrong, prompts, "nano")
+    exact = write_drawn(tmp_path / "b", drawn, prompts, "nano")
+    data = evaluate(found, tmp_path / "out", against=exact, fid=False, batch_size=3)
+    for folder, pictures in (("share", wrong), ("against", drawn)):
+        verdict = judge(ScorerNetwork().scorer, mx.array(pictures) / 255, parse(prompts))
+        shares = {name: row[folder] for name, row in data["accuracy"].items()}
+        assert shares == {name: right.mean() for name, right in verdict.items()}
+    row = data["accuracy"]["all"]
+    assert row["share"] < row["against"] == 1
+    assert row["difference"] == row["share"] - 1 and row["difference_interval"][0] < 0
+    assert "## What the captions say" in (tmp_path / "out" / "evaluation.md").read_text()
+
+
+def test_no_folder_is_judged_where_one_picture_has_no_caption_of_nanos(tmp_path, drawn):
+    prompts = captions(sample_scenes(np.random.default_rng(0), 2))
+    whole = write_drawn(tmp_path / "whole", drawn[:2], prompts, "nano")
+    others = {
+        "other words": write_drawn(tmp_path / "words", drawn[:2], [prompts[0], "red"], "nano"),
+        "other model": write_drawn(tmp_path / "model", drawn[:2], prompts, "sd3-medium"),
+        "no texts": write_pictures(tmp_path / "none", drawn[:2]),
+        "one without": write_drawn(tmp_path / "some", drawn[:2], prompts, "nano"),
+    }
+    Image.fromarray(drawn[1]).save(others["one without"] / "00001.png")
+    network, judged = ScorerNetwork(), open_folder(whole)
+    assert all(verdicts_of([judged, judged], network))
+    for why, folder in others.items():
+        assert verdicts_of([judged, open_folder(folder)], network) == [None, None], why
 
 
 @pytest.mark.slow

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
+from ..errors import UserError
 from ..metrics.fidelity import bootstrap_interval
 from ..models.nano.assembly import PROMPTS
 from ..models.nano.captions import parse
@@ -33,12 +35,28 @@ class Verdicts:
         return np.concatenate(self.right[name]).astype(float)
 
 
-def verdicts_of(source: Folder | Drawing | None, network: Network) -> Verdicts | None:
-    """Where a model draws nano's captions and its scorer looks at them."""
-    speaks = isinstance(source, Drawing) and source.pipeline.prompts == PROMPTS
-    if not speaks or not isinstance(network, ScorerNetwork):
-        return None
-    return Verdicts(network.scorer)
+def verdicts_of(sources: Sequence[Folder | Drawing], network: Network) -> list[Verdicts | None]:
+    """Of each source that shows nano's captions, if its scorer looks at them; of folders only
+    where all of them do."""
+    if not isinstance(network, ScorerNetwork):
+        return [None] * len(sources)
+    folders = all(shows_captions(source) for source in sources if isinstance(source, Folder))
+    return [
+        Verdicts(network.scorer)
+        if (folders if isinstance(source, Folder) else shows_captions(source))
+        else None
+        for source in sources
+    ]
+
+
+def shows_captions(source: Folder | Drawing) -> bool:
+    """Whether every picture has one of nano's captions, from its model or from its PNG's texts."""
+    if isinstance(source, Drawing):
+        return source.pipeline.prompts == PROMPTS
+    try:
+        return len(parse(sorted(set(source.captions)))) > 0
+    except UserError:
+        return False
 
 
 def accuracy_summary(

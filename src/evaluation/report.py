@@ -14,6 +14,7 @@ from ..metrics.frechet import Moments
 from ..store import require_writable, write_bytes, write_json
 from .accuracy import accuracy_summary
 from .plots import plot_all
+from .statistics import has_score
 from .work import Evaluation, Side
 
 FORMAT, VERSION = "ditq-evaluation", 1
@@ -62,11 +63,12 @@ def figures_of(evaluation: Evaluation, against: dict[str, Any] | None) -> dict[s
 
 
 def score_summary(side: Side) -> dict[str, Any]:
-    score = side.statistics.score
+    score, splits = side.statistics.score, side.statistics.splits
+    known = has_score(score.count, splits)
     return {
-        "mean": score.mean,
-        "deviation": score.deviation,
-        "splits": len(score.scores),
+        "mean": score.mean if known else None,
+        "deviation": score.deviation if known else None,
+        "splits": splits,
         "classes": side.statistics.identity.classes,
     }
 
@@ -131,12 +133,19 @@ def split_text(parts: dict[str, float]) -> str:
 
 
 def score_cells(score: dict[str, Any]) -> list[str]:
+    mean = score_text(score["mean"])
+    if score["mean"] is None:
+        return [mean, f"too few pictures for {score['splits']} parts"]
     if score["deviation"] is None:
-        return [f"{score['mean']:.3f}", f"one part, of at most {score['classes']}"]
+        return [mean, f"one part, of at most {score['classes']}"]
     return [
-        f"{score['mean']:.3f}",
+        mean,
         f"± {score['deviation']:.3f} over {score['splits']} parts, of at most {score['classes']}",
     ]
+
+
+def score_text(mean: float | None) -> str:
+    return "—" if mean is None else f"{mean:.3f}"
 
 
 def accuracy_lines(accuracy: dict[str, dict[str, Any]]) -> list[str]:
@@ -206,7 +215,7 @@ def headline(data: dict[str, Any]) -> str:
         for name, label in (("fid", "FID"), ("sfid", "sFID"))
         if name in data
     ]
-    parts.append(f"Inception Score {data['inception_score']['mean']:.3f}")
+    parts.append(f"Inception Score {score_text(data['inception_score']['mean'])}")
     if "accuracy" in data:
         parts.append(f"all right {percent(data['accuracy']['all']['share'])} %")
     if "paired" in data:

@@ -15,7 +15,7 @@ from ..errors import UserError
 from ..inference.int8 import OFF, Int8, int8_layers, open_with_int8
 from ..inference.saved import check_sigmas, is_saved
 from ..metrics.fidelity import KeepSteps
-from ..models.load import MODELS, Model, ModelChoice
+from ..models.load import MODELS, SD3, Model, ModelChoice
 from ..models.pipeline import Pipeline
 from ..models.prompts import load_prompts
 from ..sampling import Noise, Step, uses_guidance
@@ -25,6 +25,7 @@ from ..store.files import one_line
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
 MODES = ("RGB", "L", "P", "1")  # of Pillow: 8 bits a channel or fewer, not transparent
 STATISTICS = ".npz"
+NANOS = tuple(name for name in MODELS if name not in SD3)  # those that read nano's captions
 DTYPES = {"float16": mx.float16, "float32": mx.float32}
 
 
@@ -32,7 +33,7 @@ DTYPES = {"float16": mx.float16, "float32": mx.float32}
 class Batch:
     names: Sequence[str]
     pictures: np.ndarray  # 8 bits, (n, height, width, 3)
-    prompts: Sequence[str] = ()  # of a model's
+    prompts: Sequence[str] = ()  # of a model's, or a folder's captions
     latents: mx.array | None = None
     steps: list[Step] = field(default_factory=list)  # of a model's, where they were asked for
 
@@ -44,11 +45,13 @@ class Folder:
     path: Path
     names: list[str]
     size: tuple[int, int]  # height, width
+    captions: Sequence[str] = ()  # a picture each, where every one says that nano drew it
 
     def batches(self, size: int, trail: int = 0) -> Iterator[Batch]:
         for start in range(0, len(self.names), size):
-            names = self.names[start : start + size]
-            yield Batch(names, np.stack([self.picture(name) for name in names]))
+            rows = slice(start, start + size)
+            pictures = np.stack([self.picture(name) for name in self.names[rows]])
+            yield Batch(self.names[rows], pictures, self.captions[rows])
 
     def picture(self, name: str) -> np.ndarray:
         path = self.path / name
@@ -77,22 +80,24 @@ def open_folder(path: Path) -> Folder:
         raise UserError(f"{path}: {error.strerror}; give a folder of pictures") from None
     if not names:
         raise UserError(f"{path} holds no pictures; valid endings: {', '.join(ENDINGS)}")
-    sizes = {name: checked_size(path / name) for name in names}
-    first = sizes[names[0]]
-    for name, size in sizes.items():
+    looks = {name: checked(path / name) for name in names}
+    first, _ = looks[names[0]]
+    for name, (size, _) in looks.items():
         if size != first:
             raise UserError(
                 f"{path / name} has {size[0]}x{size[1]} pixels, {names[0]} has "
                 f"{first[0]}x{first[1]}; give pictures of one size"
             )
-    return Folder(path, names, first)
+    captions = [caption for _, caption in looks.values() if caption is not None]
+    return Folder(path, names, first, captions if len(captions) == len(names) else ())
 
 
-def checked_size(path: Path) -> tuple[int, int]:
-    """Height and width of a sound picture."""
+def checked(path: Path) -> tuple[tuple[int, int], str | None]:
+    """Height and width of a sound picture, and its caption if it is a PNG of nano's."""
     try:
         with Image.open(path) as image:
             mode, size = image.mode, (image.height, image.width)
+            caption = image.info.get("prompt") if image.info.get("model") in NANOS else None
             image.verify()
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise unreadable(path, error) from None
@@ -101,7 +106,7 @@ def checked_size(path: Path) -> tuple[int, int]:
             f"{path} is a picture of mode {mode}; valid: {', '.join(MODES)} (8 bits a channel, "
             "not transparent)"
         )
-    return size
+    return size, caption
 
 
 def unreadable(path: Path, error: Exception) -> UserError:

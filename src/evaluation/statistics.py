@@ -87,6 +87,41 @@ def require_enough(count: int, identity: Identity, whose: str) -> None:
         )
 
 
+def has_score(count: int, splits: int) -> bool:
+    """Whether there is an Inception Score: a part with one picture always has 1."""
+    return count >= 2 * splits
+
+
+def score_note(count: int, splits: int, classes: int) -> str | None:
+    """What is to be said of the Inception Score of so few pictures."""
+    if not has_score(count, splits):
+        return (
+            f"no Inception Score of {count} pictures: with {splits} parts, some have fewer than 2; "
+            "give more pictures, or fewer --splits"
+        )
+    if count < classes * splits:
+        return (
+            f"the Inception Score of {count} pictures in {splits} parts is held down by their "
+            f"number: parts have fewer pictures than the network has classes, {classes}"
+        )
+    return None
+
+
+def distance_note(count: int, reference: int | None) -> str | None:
+    """What is to be said of the distance between sets of these numbers of pictures."""
+    if reference is None:
+        return (
+            "FID is only comparable between equal numbers of pictures, and the statistics do not "
+            "say of how many they are"
+        )
+    if count != reference:
+        return (
+            f"FID is only comparable between equal numbers of pictures, and here {count} are "
+            f"compared with {reference}"
+        )
+    return None
+
+
 def load_statistics(path: Path, identity: Identity) -> Known:
     """What `Statistics.save` or another tool has written: mu and sigma of the pooled features,
     where they are known mu_s and sigma_s of the spatial ones."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from tqdm import tqdm
@@ -12,7 +12,14 @@ from .accuracy import Verdicts, verdicts_of
 from .networks import Network
 from .paired import TRAIL, Pairs, Velocities, check_sizes, pairs_up, same_model
 from .sources import Batch, Drawing, Folder
-from .statistics import SPLITS, Known, Statistics, require_enough
+from .statistics import (
+    SPLITS,
+    Known,
+    Statistics,
+    distance_note,
+    require_enough,
+    score_note,
+)
 
 Source = Folder | Drawing
 
@@ -76,17 +83,38 @@ def prepare(
         require_enough(len(source.names), network.identity, source.title)
     if isinstance(against, Known) and not settings.fid:
         raise UserError("--no-fid leaves nothing to do with statistics; leave one of them out")
-    sides = [side_of(source, network, settings) for source in sources]
+    verdicts = verdicts_of(sources, network)
+    sides = [
+        side_of(source, network, settings, verdict)
+        for source, verdict in zip(sources, verdicts, strict=True)
+    ]
     other = sides[1] if len(sides) == 2 else against
     evaluation = Evaluation(sides[0], other, settings)
     if isinstance(against, (Folder, Drawing)) and settings.paired:
         pair_up(evaluation, against, found)
     if isinstance(against, Known) and against.spatial is None:
         evaluation.notes.append("no sFID: the statistics have no mu_s and sigma_s")
+    evaluation.notes += number_notes(evaluation, sides)
     return evaluation
 
 
-def side_of(source: Source, network: Network, settings: Settings) -> Side:
+def number_notes(evaluation: Evaluation, sides: Sequence[Side]) -> list[str]:
+    """What is to be said of the numbers of pictures, each but once."""
+    notes = []
+    if evaluation.settings.fid and evaluation.against is not None:
+        against = evaluation.against
+        reference = against.count if isinstance(against, Known) else len(against.source.names)
+        notes.append(distance_note(len(sides[0].source.names), reference))
+    for side in sides:
+        statistics = side.statistics
+        classes = statistics.identity.classes
+        notes.append(score_note(len(side.source.names), statistics.splits, classes))
+    return list(dict.fromkeys(note for note in notes if note is not None))
+
+
+def side_of(
+    source: Source, network: Network, settings: Settings, verdicts: Verdicts | None
+) -> Side:
     splits = min(SPLITS, len(source.names)) if settings.splits is None else settings.splits
     if splits > len(source.names):
         raise UserError(
@@ -94,7 +122,7 @@ def side_of(source: Source, network: Network, settings: Settings) -> Side:
             f"valid: 1 to {len(source.names)}"
         )
     statistics = Statistics(network.identity, splits)
-    return Side(source, statistics, verdicts_of(source, network))
+    return Side(source, statistics, verdicts)
 
 
 def pair_up(evaluation: Evaluation, reference: Source, found: Source) -> None:
