@@ -341,6 +341,7 @@ def test_an_npz_in_bfloat16_gives_the_same_bytes(tmp_path):
     assert (tmp_path / "a8.safetensors").read_bytes() == (tmp_path / "b8.safetensors").read_bytes()
 
 
+@pytest.mark.sd3
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("old_format", [False, True])
 def test_files_of_pytorch(tmp_path, dtype, old_format):
@@ -365,6 +366,7 @@ def test_files_of_pytorch(tmp_path, dtype, old_format):
     assert again.read_bytes() == output.read_bytes()
 
 
+@pytest.mark.sd3
 @pytest.mark.parametrize("key", [None, "state_dict"])
 @pytest.mark.parametrize(
     ("kind", "message"),
@@ -401,6 +403,7 @@ def test_without_pytorch_its_files_are_refused_with_the_way_out(tmp_path):
         convert_to_int8(tmp_path / "a.pt", tmp_path / "b.safetensors")
 
 
+@pytest.mark.sd3
 def test_a_pytorch_file_with_code_in_it_is_not_run(tmp_path):
     torch = pytest.importorskip("torch")
     path, sign = tmp_path / "a.pt", tmp_path / "ran"
@@ -415,6 +418,7 @@ def test_a_pytorch_file_with_code_in_it_is_not_run(tmp_path):
     assert not sign.exists()
 
 
+@pytest.mark.sd3
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut", b"\x80\x02}q\x00."])
 def test_a_damaged_pytorch_file_is_one_error_line(tmp_path, content):
     pytest.importorskip("torch")
@@ -425,6 +429,7 @@ def test_a_damaged_pytorch_file_is_one_error_line(tmp_path, content):
     assert contents(tmp_path) == before
 
 
+@pytest.mark.sd3
 def test_a_cut_off_pytorch_file_is_one_error_line(tmp_path):
     torch = pytest.importorskip("torch")
     torch.save({f"{Q}.weight": torch.ones(1024, 1024)}, tmp_path / "a.pt")
@@ -709,6 +714,7 @@ def test_a_disk_that_fills_up_in_the_middle_leaves_nothing(tmp_path):
     assert contents(tmp_path) == before
 
 
+@pytest.mark.sd3
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("layers", [8, 24])
