@@ -19,6 +19,7 @@ from tqdm import tqdm
 from . import __version__
 from .errors import UserError
 from .sampling import Step
+from .store import human_bytes
 
 DEBUG = "DITQ_DEBUG"
 
@@ -173,6 +174,12 @@ def memory_bytes() -> int:
         if key in info:
             return int(info[key])
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def require_memory(needed: float, why: str, ways_out: str) -> None:
+    """Raises where the device, or the machine, has fewer bytes than are needed."""
+    if needed > (there := memory_bytes()):
+        raise UserError(f"{why}, this machine has {human_bytes(there)}; {ways_out}")
 
 
 def peak_memory_bytes() -> int:

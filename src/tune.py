@@ -14,7 +14,7 @@ from .backends.tuning import CHOICES, Point, default_path, described
 from .backends.weight import PACKED_COLUMNS
 from .benchmarking.kernels import available
 from .benchmarking.tuning import lines_of, measured
-from .cli import command, memory_bytes
+from .cli import command, require_memory
 from .errors import UserError
 from .store import human_bytes, require_writable, write_json
 
@@ -63,11 +63,11 @@ def check(
             raise UserError(f"{option} {least} is not possible; valid: 1 or more")
     for N, K in shapes:
         needed = 4 * (3 * N * K + 2 * max(rows) * (N + K))  # a layer made, its input and output
-        if needed > (there := memory_bytes()):
-            raise UserError(
-                f"{N}x{K} with {max(rows)} rows takes about {human_bytes(needed)}, this machine "
-                f"has {human_bytes(there)}; give smaller ones by --shape and --rows"
-            )
+        require_memory(
+            needed,
+            f"{N}x{K} with {max(rows)} rows takes about {human_bytes(needed)}",
+            "give smaller ones by --shape and --rows",
+        )
     if not seconds > 0:
         raise UserError(f"--seconds {seconds:g} is not possible; valid: above 0")
 

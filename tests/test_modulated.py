@@ -6,8 +6,8 @@ import io
 from collections.abc import Sequence
 from dataclasses import replace
 
+from src import cli
 from src.errors import UserError
-from src.inference import residual_memory
 from src.inference.residual_measures import gains_of
 from src.inference.residual_setup import apply, prepare
 from src.inference.residuals import (
@@ -651,13 +651,13 @@ def test_what_memory_has_no_room_for_is_refused_before_anything_is_measured(
     kept = sum(cache_bytes(pipeline, largest_work(options, work)).values())
     weights = sum(array.nbytes for _, array in tree_flatten(pipeline.transformer.parameters()))
     needed = kept + weights
-    monkeypatch.setattr(residual_memory, "memory_bytes", lambda: needed - 1)
+    monkeypatch.setattr(cli, "memory_bytes", lambda: needed - 1)
     numbers = f"weights that is {human_bytes(needed)}, this machine has {human_bytes(needed - 1)}; "
     with pytest.raises(UserError, match=words) as refused:
         prepare(pipeline, options, work, None, lines.append)
     assert numbers in str(refused.value) and not lines
     refuse(pipeline, options, work)  # its weights are not counted before they are known
-    monkeypatch.setattr(residual_memory, "memory_bytes", lambda: needed)
+    monkeypatch.setattr(cli, "memory_bytes", lambda: needed)
     prepare(pipeline, options, work, None, lines.append)
     assert "modulation keeps" in "".join(lines)
 

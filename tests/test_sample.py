@@ -7,8 +7,8 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from src import cli
 from src.evaluation.networks import ScorerNetwork
-from src.inference import residual_memory
 from src.inference.residual_options import Inputs
 from src.inference.residuals import Work
 from src.mass_sampling.plan import Plan, Subject
@@ -224,7 +224,7 @@ def test_modulation_that_memory_has_no_room_for_is_refused_before_the_folder_is_
 ):
     """So that the same command with fewer pictures at once may fill it."""
     dynamic = [*MODULATED, "--residual-scale", "token"]
-    monkeypatch.setattr(residual_memory, "memory_bytes", lambda: 10**6)
+    monkeypatch.setattr(cli, "memory_bytes", lambda: 10**6)
     words = ["2 pictures at once", "this machine has 1.0 MB", "a smaller --batch-size"]
     assert_one_error_line(stage(work, "large", *dynamic), *words)
     auto = [*dynamic, "--modulate", "auto", "--modulate-memory", "5"]

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
+from .. import cli
 from ..backends import Device
-from ..inference import residual_memory
 from ..inference.memory import is_block_linear, linears
 from ..inference.sd3_memory import step_bytes
 from ..models.configs import MMDiTConfig
@@ -58,7 +58,7 @@ def needed_bytes(
 
 def require_memory(needed: int, rows: int) -> None:
     """Raises where the machine has less."""
-    residual_memory.require_memory(
+    cli.require_memory(
         needed,
         f"{rows} rows need about {human_bytes(needed)} together",
         "compare fewer (--kernel, --dtype, --modulate none), or smaller pictures (--batch-size, "

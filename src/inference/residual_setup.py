@@ -19,13 +19,13 @@ from ..sampling import StepCallback
 from ..store import read_json, require_match, write_json
 from ..store.files import damaged
 from .residual_measures import Say, gains_of, measured_scales
-from .residual_memory import held_bytes
 from .residuals import (
     Choice,
     Levels,
     Options,
     Work,
     choose,
+    held_bytes,
     largest_work,
     layers_of,
     quantizers_of,

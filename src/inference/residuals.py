@@ -12,6 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
+from ..cli import require_memory
 from ..errors import UserError
 from ..models.hooks import NoiseLevel
 from ..models.mmdit import MMDiT
@@ -35,7 +36,6 @@ from ..quant.residual_scales import (
 from ..quant.schedule import Step
 from ..sampling import uses_guidance
 from ..store import human_bytes
-from .residual_memory import require_memory
 
 ALL, AUTO = "all", "auto"
 SCALE_PICTURES = 8
@@ -216,6 +216,12 @@ def choose(
             f"--modulate {AUTO}"
         )
     return choice
+
+
+def held_bytes(model: MMDiT) -> int:
+    """Of every array that the model holds, also of what backends have unpacked."""
+    arrays = {id(array): array.nbytes for array in model.arrays(vectors_are_given=False)}
+    return sum(arrays.values())
 
 
 def refuse_unmatched(pipeline: Pipeline, options: Options) -> None:

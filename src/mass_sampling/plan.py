@@ -13,9 +13,8 @@ from ..errors import UserError
 from ..evaluation.networks import Network, network
 from ..evaluation.sources import DTYPES
 from ..inference.open import Settings, open_artifacts
-from ..inference.residual_memory import held_bytes
 from ..inference.residual_options import SIXTEEN
-from ..inference.residuals import Options, Work, refuse
+from ..inference.residuals import Options, Work, held_bytes, refuse
 from ..models.load import Model, chosen, defaulted, load_pipeline
 from ..models.pipeline import Pipeline
 from ..models.prompts import load_prompts
