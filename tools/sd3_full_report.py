@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ JUDGED_BYTES = 10**9  # below this, Python itself outweighs the model
 def write(folder: Path, data: dict[str, Any]) -> None:
     """One run's figures, and the page of all runs that lie there."""
     folder.mkdir(parents=True, exist_ok=True)
-    own = f"_{data['run'].replace(' ', '-')}" if data.get("run") else ""
+    own = "_" + re.sub(r"\W+", "-", data["run"]) if data.get("run") else ""
     (folder / f"{NAME}_{data['model']}{own}.json").write_text(json.dumps(data, indent=2) + "\n")
     found = [folder / f"{NAME}_{model}.json" for model in SD3]
     found += [path for model in SD3 for path in sorted(folder.glob(f"{NAME}_{model}_*.json"))]
