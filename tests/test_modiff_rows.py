@@ -37,6 +37,7 @@ from tools.modiff_rows import (
     auto_lines,
     by_priority,
     chosen_rows,
+    drawn_where,
     goals,
     line,
 )
@@ -68,6 +69,18 @@ def test_small_distances_are_not_rounded_away():
 def test_names_and_folders_are_those_of_one_row():
     for kind in ("name", "folder"):
         assert len({getattr(each, kind) for each in all_rows()}) == len(all_rows())
+
+
+def test_a_table_says_who_drew_it_and_what_it_lacks():
+    def measured(device, date):
+        return {"measured": {"device": device, "mlx": "1", "date": date}}
+
+    rows = {each.name: measured("GPU", "2026-01-02") for each in all_rows()[:-1]}
+    rows[EXACT] = measured("CPU", "2026-01-01")
+    where, missing = drawn_where(rows)
+    assert where == "Drawn on CPU with MLX 1, GPU with MLX 1, 2026-01-01 to 2026-01-02."
+    assert missing == f"Not drawn yet: {all_rows()[-1].name}."
+    assert len(drawn_where({**rows, all_rows()[-1].name: rows[EXACT]})) == 1
 
 
 def test_distances_are_compared_at_equal_counts_only():

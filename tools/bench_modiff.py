@@ -47,6 +47,7 @@ from tools.modiff_rows import (
     auto_lines,
     by_priority,
     chosen_rows,
+    drawn_where,
     goals,
     line,
 )
@@ -78,6 +79,8 @@ def report(bench: Bench, merge: Sequence[Path]) -> None:
         "",
         *HEAD,
         *(line(name, row) for name, row in rows.items()),
+        "",
+        *drawn_where(rows),
         "",
         "What was to be reached (dB of A8, A4 and auto against the same weights with inputs in "
         "floats):",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
@@ -99,6 +100,19 @@ HEAD = [
     "dB | FID | sFID | Inception Score | to full precision |",
     "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
 ]
+
+
+def drawn_where(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What a table of rows says of the machines that drew them, and which are not in it yet."""
+    machines = [row["measured"] for row in rows.values()]
+    if not machines:
+        return ["No row is drawn yet."]
+    kinds = sorted({(m["device"], m["mlx"]) for m in machines})
+    days = sorted({m["date"] for m in machines})
+    when = " to ".join(dict.fromkeys((days[0], days[-1])))
+    lines = [f"Drawn on {', '.join(f'{d} with MLX {mlx}' for d, mlx in kinds)}, {when}."]
+    missing = [row.name for row in all_rows() if row.name not in rows]
+    return [*lines, *([f"Not drawn yet: {', '.join(missing)}."] if missing else [])]
 
 
 def line(name: str, row: dict[str, Any]) -> str:
