@@ -122,7 +122,7 @@ def test_the_folder_is_in_the_style_of_mlx_lm(tmp_path):
     config = json.loads((folder / "config.json").read_text())
     assert config["quantization"]["bits"] == 4 and config["quantization"]["mode"] == "affine"
     modulation = "final_layer.adaLN_modulation.layers.1"
-    assert config["quantization"][modulation] == {"group_size": 64, "bits": 8}
+    assert config["quantization"][modulation] == {"group_size": 32, "bits": 8}
     assert config["ditq"]["made_from"]["model"] == "tiny"
     card = (folder / "README.md").read_text()
     for words in ("4-bit weights in 21 layers", "8-bit", "ditq generate", "| weights | ab12 |"):

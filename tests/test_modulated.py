@@ -212,11 +212,12 @@ def test_errors_do_not_add_up():
 
 def layers_to_wrap():
     convolution = nn.Conv2d(8, 6, 3, padding=1)
+    packed = nn.QuantizedLinear.from_linear(linear(columns=64), group_size=32)
     tokens, pixels = (2, 5, 64), (2, 6, 6, 8)
     return {
         "linear": (linear(columns=64), tokens),
         "no bias": (nn.Linear(64, 16, bias=False), tokens),
-        "MLX's own packed one": (nn.QuantizedLinear.from_linear(linear(columns=64)), tokens),
+        "MLX's own packed one": (packed, tokens),
         "INT8": (INT8Linear.from_linear(linear(columns=64)), tokens),
         "INT8 in blocks": (INT8Linear.from_linear(linear(columns=64), block_size=32), tokens),
         "convolution": (convolution, pixels),

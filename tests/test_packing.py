@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from src.backends.weight import group_size
 from src.errors import UserError
 from src.quant.grid import code_range, dequantize
 from src.quant.packing import from_affine, pack_codes, to_affine, unpack_codes
@@ -84,3 +85,12 @@ def test_what_cannot_be_packed_is_refused():
     packed, scales, biases = mx.quantize(mx.random.normal((4, 64)), group_size=32, bits=4)
     with pytest.raises(UserError, match="biases other than"):
         from_affine(packed, scales, biases, 4)
+
+
+@pytest.mark.parametrize(
+    "columns, largest, size",
+    [(1536, 128, 128), (96, 128, 32), (1536, 64, 64), (128, 128, 64), (64, 64, 32), (32, 128, 32)],
+)
+def test_a_row_has_several_groups_where_it_can(columns, largest, size):
+    """MLX's kernel for a single one needs headers on Hopper that nobody may have."""
+    assert group_size(columns, largest) == size

@@ -5,9 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 
 from .device import Device
-from .weight import Weight, rescaled, sixteen_bit_unit
-
-GROUP_SIZES = (128, 64, 32)  # that the product takes
+from .weight import Weight, group_size, rescaled, sixteen_bit_unit
 
 
 class QuantizedMatmul:
@@ -26,8 +24,7 @@ class QuantizedMatmul:
             inside, biases = weight.scales, offset * weight.scales
         else:
             unit = 1.0 if dtype == mx.float32 else sixteen_bit_unit(weight, largest)
-            size = next(size for size in GROUP_SIZES if weight.columns % size == 0)
-            shape = (rows, weight.columns // size)
+            shape = (rows, weight.columns // group_size(weight.columns))
             # One number each, not a matrix of them: they would take an eighth of the codes. CUDA's
             # product does want the matrix.
             inside, biases = (

@@ -10,6 +10,7 @@ import mlx.core as mx
 from ..errors import UserError
 
 MLX_BITS = (2, 3, 4, 5, 6, 8)  # that mx.quantize packs
+MLX_GROUP_SIZES = (128, 64, 32)  # of columns that share a scale there
 PACKED_COLUMNS = 32  # codes that share whole words at any number of bits
 EXACT_BELOW = 2**24  # float32 holds every whole number up to here
 HALF_BELOW = 2**15  # a power of two that float16 holds with room to spare
@@ -41,6 +42,16 @@ class Weight:
     def codes(self, dtype: mx.Dtype = mx.float32) -> mx.array:
         """(rows, columns), whole numbers that every float dtype holds exactly."""
         return unpack(self.packed, self.bits).astype(dtype)
+
+
+def group_size(columns: int, largest: int = max(MLX_GROUP_SIZES)) -> int:
+    """The largest of MLX's group sizes that divides the columns, several times if any does.
+
+    On Hopper MLX has a kernel of its own for inputs of a single group, compiled when it is first
+    used, with headers that its packages do not bring.
+    """
+    fitting = [size for size in MLX_GROUP_SIZES if size <= largest and columns % size == 0]
+    return next((size for size in fitting if size < columns), fitting[0])
 
 
 def check_mlx_bits(bits: int) -> None:

@@ -8,10 +8,10 @@ from dataclasses import dataclass, fields
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from ..backends.weight import group_size
 from ..models.configs import MMDiTConfig
 from ..models.mmdit import MMDiT
 from ..models.paths import EMBEDDERS, MODULATION
-from ..quant.packing import MLX_GROUP_SIZES
 
 SIXTEEN, FLOAT = 2, 4  # bytes of a number
 
@@ -109,11 +109,6 @@ def other_parameters(config: MMDiTConfig, left_out: tuple[str, ...] = ()) -> int
         and MODULATION not in name
         and not name.startswith(left_out or ("no such name",))
     )
-
-
-def group_size(columns: int, largest: int = max(MLX_GROUP_SIZES)) -> int:
-    """The largest of MLX's group sizes that divides the columns."""
-    return next(size for size in MLX_GROUP_SIZES if size <= largest and columns % size == 0)
 
 
 def modulation_bytes(rows: int, columns: int, layout: Layout, float_bytes: int = SIXTEEN) -> int:

@@ -6,8 +6,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
+from ..backends.weight import group_size as mlx_group_size
 from ..models.mmdit import MMDiT
-from ..quant.packing import MLX_GROUP_SIZES
 
 BITS = 8
 
@@ -16,15 +16,14 @@ def quantize_modulation(transformer: MMDiT, bits: int = BITS, group_size: int = 
     """Replaces the modulation linears that are not quantized yet; returns their paths.
 
     Scales and biases are kept in 16 bits. Where the group size does not divide a layer's input,
-    the next smaller of MLX's does.
+    or is all of it, the next smaller of MLX's is taken.
     """
     replacements = []
     for path, layer in transformer.modulation_layers().items():
         linear = layer.layers[1]
         if isinstance(linear, nn.Linear):
-            columns = linear.weight.shape[1]
-            sizes = [s for s in MLX_GROUP_SIZES if s <= group_size and columns % s == 0]
-            replacements.append((f"{path}.layers.1", rounded(linear, bits, sizes[0])))
+            size = mlx_group_size(linear.weight.shape[1], group_size)
+            replacements.append((f"{path}.layers.1", rounded(linear, bits, size)))
     transformer.update_modules(tree_unflatten(replacements))
     return [path for path, _ in replacements]
 

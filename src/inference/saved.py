@@ -13,6 +13,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from ..backends import MLX_BITS, Backend, named
+from ..backends.weight import MLX_GROUP_SIZES
 from ..errors import UserError
 from ..models.checkpoints import POSITIONS, fill, infer_config, read_weights
 from ..models.configs import MMDiTConfig
@@ -26,7 +27,6 @@ from ..models.pipeline import Defaults, Pipeline
 from ..models.sd3_files import Files, files_of
 from ..models.sd3_load import SD3, assemble_sd3, family
 from ..quant.linear import TYPICAL_ROWS, QuantizedLinear, Runtime
-from ..quant.packing import MLX_GROUP_SIZES
 from ..quant.schedule import Schedule, Step
 from ..quant.stored import own_shapes, restore_layer
 from ..store import (

@@ -16,10 +16,9 @@ import mlx.core as mx
 
 from ..backends import BACKENDS, Backend, Device, integer_kernel, named, select_ready
 from ..backends.fusing import Fusing, InputGrid
-from ..backends.weight import PACKED_COLUMNS
+from ..backends.weight import MLX_GROUP_SIZES, PACKED_COLUMNS
 from ..errors import UserError
 from .grid import SMALLEST_SCALE, activation_limit, check_floats, dequantize
-from .packing import MLX_GROUP_SIZES
 
 BITS = 8
 LIMIT = activation_limit(BITS)

@@ -9,11 +9,16 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 
-from ..backends.weight import PACKED_COLUMNS, Weight, check_mlx_bits, unpack
+from ..backends.weight import (
+    MLX_GROUP_SIZES,
+    PACKED_COLUMNS,
+    Weight,
+    check_mlx_bits,
+    group_size,
+    unpack,
+)
 from ..errors import UserError
 from .grid import code_range
-
-MLX_GROUP_SIZES = (128, 64, 32)
 
 
 def pack_codes(codes: mx.array | np.ndarray, bits: int) -> mx.array:
@@ -51,7 +56,7 @@ def to_affine(
 ) -> tuple[mx.array, mx.array, mx.array, int]:
     """Packed codes, scales, biases and the group size, as mx.quantized_matmul takes them.
 
-    `scale` is (rows, groups); one for the whole row is repeated for MLX's largest group.
+    `scale` is (rows, groups); one for the whole row is repeated for each of MLX's groups.
     """
     weight = Weight(pack_codes(codes, bits), mx.array(scale).astype(mx.float32), bits)
     return weight.packed, *affine_scales(weight)
@@ -62,7 +67,7 @@ def affine_scales(weight: Weight) -> tuple[mx.array, mx.array, int]:
     scale, columns = weight.scales, weight.columns
     size = columns // weight.groups
     if weight.groups == 1:
-        size = next(size for size in MLX_GROUP_SIZES if columns % size == 0)
+        size = group_size(columns)
         scale = mx.repeat(scale, columns // size, axis=1)
     if size not in MLX_GROUP_SIZES:
         valid = ", ".join(map(str, sorted(MLX_GROUP_SIZES)))
