@@ -43,9 +43,10 @@ from src.quant.residual_scales import (
     Told,
     best_scale,
     histogram,
+    width,
 )
 from src.quant.schedule import Schedule, Step
-from src.sampling import Noise, denoise, guided
+from src.sampling import Noise, combined, denoise, guided
 from src.store import human_bytes
 
 import mlx.core as mx
@@ -113,13 +114,13 @@ def outputs(layer: ModulatedLinear, inputs: list[mx.array]) -> list[np.ndarray]:
 
 def recursion(inputs, weight, bias, bits: int, per: str) -> list[np.ndarray]:
     """The paper's own, in NumPy and float64, with scales from the largest values."""
-    axes = {"tensor": (1, 2), "token": (2,), "range": (2,), "channel": (1,)}[per]
+    axes = {"tensor": (1, 2), "token": (2,), "range": (2,), "guidance": (2,), "channel": (1,)}[per]
     told, output, found = None, None, []
     for x in inputs:
         change = np.array(x, np.float64) - (0 if told is None else told)
         limit = 2 ** ((8 if told is None else bits) - 1) - 1
         low, high = (f(change, axis=axes, keepdims=True) for f in (np.min, np.max))
-        middle = (low + high) / 2 if per == "range" else 0
+        middle = (low + high) / 2 if per in ("range", "guidance") else 0
         change = change - middle
         scale = np.maximum(np.abs(change).max(axis=axes, keepdims=True) / limit, 1e-12)
         change = np.clip(np.round(change / scale), -limit, limit) * scale + middle
@@ -146,12 +147,13 @@ def test_it_is_the_published_recursion(bits, per):
     bits=st.integers(2, 8),
     per=st.sampled_from(DYNAMIC),
     steps=st.integers(1, 8),
+    guided=st.booleans(),
 )
-def test_what_is_kept_is_a_matched_pair(seed, bits, per, steps):
+def test_what_is_kept_is_a_matched_pair(seed, bits, per, steps, guided):
     """ô = W·â + b at every step, whatever was rounded away on the way."""
     layer, memory = linear(seed), Memory()
     wrapper = ModulatedLinear(layer, Dynamic(bits, per), memory=memory)
-    memory.reset()
+    memory.reset(guided)
     for x in walk(seed, steps):
         y = wrapper(x)
         told, output = memory.arrays[""]
@@ -275,6 +277,38 @@ def test_a_tokens_range_is_told_by_integers_and_its_middle(seed, bits, offset):
         assert relative_error(got, wanted) < 1e-4
 
 
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 2**16), bits=st.integers(2, 8), apart=st.floats(0, 30))
+def test_a_negative_prompts_difference_is_told_by_integers(seed, bits, apart):
+    """Of those tokens that it makes smaller; the product is that of the values."""
+    step, (prompts,), (change,) = Step(Schedule(SIGMAS)), *(walk(seed + i, 1) for i in range(2))
+    change = change * mx.array([[[0.0], [0.01], [0.1], [1.0], [apart]]])
+    x, quantizer = mx.concatenate([prompts, prompts + change]), Dynamic(bits, "guidance", bits)
+    memory = Memory()
+    memory.reset(guided=True)
+    layer = QuantizedLinear.from_linear(linear(), bits=8, runtime=Runtime(step, weights_only=True))
+    wrapper = ModulatedLinear(layer, None, values=quantizer, memory=memory)
+    told, _ = wrapper.moved(x, quantizer, False)
+    assert relative_error(wrapper(x), ModulatedLinear(layer, None, values=Exactly())(told)) < 1e-4
+    # Half a step of its own grid, and at most as much of the prompt's.
+    steps = width(x) / (2**bits - 2)
+    steps = steps + mx.concatenate([mx.zeros_like(steps[:2]), steps[:2]])
+    assert bool((mx.abs(told - x) <= 0.51 * steps).all())
+
+
+def test_guidance_does_not_amplify_what_prompt_and_negative_err_alike():
+    (prompts,), (change,) = walk(0, 1, (3, 5, 32)), walk(1, 1, (3, 5, 32))
+    x, layer, weight = mx.concatenate([prompts, prompts + 0.02 * change]), linear(), 4.0
+
+    def error(per: str) -> float:
+        memory = Memory()
+        memory.reset(guided=True)
+        wrapper = ModulatedLinear(layer, None, values=Dynamic(6, per, 6), memory=memory)
+        return relative_error(combined(wrapper(x), weight), combined(layer(x), weight))
+
+    assert error("guidance") < 0.4 * error("range")
+
+
 def test_int8_codes_are_multiplied_as_codes():
     """Their sums are exact, so those of a layer that takes tokens' scales itself are the same."""
     layer, (x,) = INT8Linear.from_linear(linear(columns=64)), walk(9, 1, (2, 5, 64))
@@ -380,6 +414,23 @@ def test_a_model_that_modulates_is_nearer_to_floats(kind, floats):
     assert relative_error(changes, floats) < 0.6 * relative_error(plain, floats)
 
 
+def test_only_guidance_makes_pairs():
+    """Without it a batch's second half is other pictures, which the first must not depend on."""
+    pipeline = modulated_pipeline(Options(None, 8, "guidance"))
+    memory = pipeline.transformer.memory
+    for weight, guided in ((4.0, True), (1.0, False), (0.0, False), (2.0, True)):
+        pipeline.velocity(pipeline.condition([PROMPT], weight), weight)
+        assert memory.guided == guided
+    wrapper = ModulatedLinear(linear(), None, values=Dynamic(4, "guidance", 4), memory=memory)
+    (x,), pairs = walk(0, 1, (4, 5, 32)), mx.array([0, 2])
+    for guided in (False, True):
+        memory.reset(guided)
+        together = wrapper(x)
+        assert relative_error(wrapper(x[pairs]), together[pairs]) < 1e-5
+    memory.reset()
+    assert relative_error(wrapper(x[:2]), wrapper(x)[:2]) < 1e-5
+
+
 def test_every_picture_begins_anew():
     """Whatever was drawn before, and however many."""
     pipeline = modulated_pipeline(Options("all", 8, "tensor"))
@@ -406,7 +457,7 @@ def test_a_model_in_int8_modulates_all_its_layers(kind):
 
 
 @pytest.mark.slow
-def test_what_auto_leaves_is_told_by_its_tokens_ranges():
+def test_what_auto_leaves_is_told_by_its_tokens_ranges_and_in_pairs():
     """Also beside static scales, of which it then has none; with other bits, or as before."""
     pipeline = quantized_pipeline(weights_only=True, modulation=False)
     layers, work = layers_of(pipeline.transformer), four_steps(pipeline)
@@ -415,8 +466,8 @@ def test_what_auto_leaves_is_told_by_its_tokens_ranges():
     for kind in ("static", "tensor"):
         options = Options("auto", 8, kind, few, scale_pictures=1)
         for more, wanted in (
-            ({}, Dynamic(8, "range", 8)),
-            ({"rest_bit": 6}, Dynamic(6, "range", 6)),
+            ({}, Dynamic(8, "guidance", 8)),
+            ({"rest_bit": 6, "rest_scale": "range"}, Dynamic(6, "range", 6)),
             ({"rest_bit": 6, "rest_scale": "token"}, Dynamic(6, "token", 6)),
             ({"rest_scale": "same"}, None if kind == "static" else Dynamic(8, "tensor", 8)),
         ):
@@ -709,7 +760,7 @@ def test_auto_stays_within_its_memory_and_helps(floats):
         ({"rest_scale": "token"}, "for the layers that --modulate auto leaves"),
         (
             {"modulate": "auto", "modulate_memory": 1.0, "rest_scale": "static"},
-            "unknown --rest-scale 'static'; valid: same, tensor, token, range, channel",
+            "unknown --rest-scale 'static'; valid: same, tensor, token, range, guidance, channel",
         ),
         (
             {"modulate": "auto", "modulate_memory": 1.0, "rest_bit": 1},

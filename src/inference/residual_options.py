@@ -11,7 +11,7 @@ import click
 
 from ..errors import UserError
 from ..quant.linear import A_SCALES
-from ..quant.residual_scales import ANCHOR_BITS, DYNAMIC, KINDS, RANGE
+from ..quant.residual_scales import ANCHOR_BITS, DYNAMIC, GUIDANCE, KINDS
 from .residuals import ALL, AUTO, NO_REST, SAME, SCALE_PICTURES, Options
 
 SIXTEEN = 16  # bits: not quantized
@@ -105,7 +105,8 @@ def input_options(function: Function) -> Function:
     )
     @click.option(
         "--rest-scale",
-        help=f"Of layers that --modulate {AUTO} leaves: {', '.join((SAME, *DYNAMIC))}.  [{RANGE}]",
+        help=f"Of layers that --modulate {AUTO} leaves: {', '.join((SAME, *DYNAMIC))}.  "
+        f"[{GUIDANCE}]",
     )
     @click.option("--rest-bit", type=int, help="Bits of these layers' inputs, 2 to 8.  [--act-bit]")
     @wraps(function)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -25,7 +26,7 @@ from ..quant.modulated import Memory, Modulated, modulated
 from ..quant.residual_scales import (
     ANCHOR_BITS,
     DYNAMIC,
-    RANGE,
+    GUIDANCE,
     STATIC,
     Dynamic,
     OwnGrid,
@@ -54,7 +55,7 @@ class Options:
     residual_scale: str = STATIC
     modulate_memory: float | None = None  # GB; none: as much as it takes
     scale_pictures: int = SCALE_PICTURES  # on which static scales are measured
-    rest_scale: str | None = None  # of layers that auto leaves unmodulated; none: range
+    rest_scale: str | None = None  # of layers that auto leaves unmodulated; none: guidance
     rest_bit: int | None = None  # of these; none: act_bit
 
     def __post_init__(self) -> None:
@@ -80,12 +81,18 @@ class Options:
         if self.modulate != AUTO and (self.rest_scale, self.rest_bit) != (None, None):
             raise UserError(NO_REST)
 
+    def settings(self) -> dict[str, Any]:
+        """All of it, by name; what auto leaves is not left to a default, which may be another one
+        when a run goes on."""
+        rest = {"rest_scale": self.rest[1]} if self.modulate == AUTO else {}
+        return asdict(self) | rest
+
     @property
     def rest(self) -> tuple[int, str]:
         """Bits and scales of an input that is quantized as it is."""
         if self.modulate != AUTO or self.rest_scale == SAME:
             return self.rest_bit or self.act_bit, self.residual_scale
-        return self.rest_bit or self.act_bit, self.rest_scale or RANGE
+        return self.rest_bit or self.act_bit, self.rest_scale or GUIDANCE
 
 
 @dataclass(frozen=True)

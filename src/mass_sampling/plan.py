@@ -146,7 +146,7 @@ class Plan:
     def settings(self) -> dict[str, Any]:
         return {
             "weight_bit": self.subject.weight_bit,
-            "inputs": None if self.options is None else asdict(self.options),
+            "inputs": None if self.options is None else self.options.settings(),
             "work": asdict(self.work),
             "num_samples": len(self.prompts),
             "seeds": [self.seeds[0], self.seeds[-1]],

@@ -14,7 +14,7 @@ import numpy as np
 
 from ..models.mmdit import MMDiT
 from ..models.pipeline import Conditioning, Pipeline
-from ..sampling import Noise, Step, denoise, guided, sd3_sigmas
+from ..sampling import Noise, Step, denoise, guided, sd3_sigmas, uses_guidance
 from .signal import decibel
 
 Velocity = Callable[[mx.array, mx.array, mx.array, mx.array], mx.array]
@@ -73,7 +73,7 @@ def teacher_forced_sqnr(model: MMDiT | Velocity, reference: Reference) -> np.nda
     """(steps, captions) dB of the model's guided velocity against the reference's."""
     table = []
     if isinstance(model, MMDiT):
-        model.reset_cache()
+        model.reset_cache(uses_guidance(reference.cfg_weight))
     for sigma, latent, wanted in zip(
         reference.sigmas, reference.latents, reference.velocities, strict=True
     ):

@@ -26,8 +26,9 @@ class Memory(Protocol):
 
     arrays: dict[str, list[mx.array]]  # a compiled step's inputs and outputs
 
-    def reset(self) -> None:
-        """The next step is the first of another picture."""
+    def reset(self, guided: bool = False) -> None:
+        """The next step is the first of another picture; `guided`: its batch is the prompts' rows
+        and, behind them, the negative prompts'."""
 
     def watched(self, velocity: Callable[..., mx.array]) -> Callable[..., mx.array]:
         """The velocity of (latent, sigma), with an error where its steps do not hang together."""

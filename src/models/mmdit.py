@@ -284,10 +284,11 @@ class MMDiT(nn.Module):
         if self._level is not None:
             self._level.set_sigma(sigma)
 
-    def reset_cache(self) -> None:
-        """Begins another picture; nothing where no layer remembers one."""
+    def reset_cache(self, guided: bool = False) -> None:
+        """Begins another picture; nothing where no layer remembers one. `guided`: its batch is the
+        prompts' rows and, behind them, the negative prompts'."""
         if self.memory is not None:
-            self.memory.reset()
+            self.memory.reset(guided)
 
     def arrays(self, vectors_are_given: bool) -> list[mx.array]:
         """All that a call reads, of parameters and of what layers have made of them."""

@@ -132,7 +132,7 @@ class Pipeline:
             return guided(model, latent, sigma, text, pooled, cfg_weight, combine)
 
         run, memory = guided_velocity, self.transformer.memory
-        self.transformer.reset_cache()
+        self.transformer.reset_cache(uses_guidance(cfg_weight))
         wanted = compiling_is_faster() if compiled is None else compiled
         whole = wanted and self.transformer.can_be_compiled
         # Where only parts can be compiled, this one too: compiled code rounds otherwise.

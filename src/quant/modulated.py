@@ -17,7 +17,7 @@ from ..errors import UserError
 from .affine import Affine, ByteAffine, FloatAffine, QuantizedAffine
 from .int8 import INT8Linear
 from .linear import QuantizedLinear
-from .residual_scales import RANGE, Dynamic, Quantizer
+from .residual_scales import Dynamic, Quantizer, as_differences, from_differences, in_pairs
 from .schedule import SAME_SIGMA
 
 Velocity = Callable[[mx.array, mx.array], mx.array]
@@ -35,6 +35,7 @@ class Memory:
 
     def __init__(self) -> None:
         self.arrays: dict[str, list[mx.array]] = {}
+        self.guided = False  # whether a batch is prompts and, behind them, their negatives
         self._picture = 0  # how often it was reset; 0: never
         self._sigma: float | None = None
         self._sigmas: list[float] | None = None
@@ -49,11 +50,11 @@ class Memory:
         """Steps at other noise levels are refused from now on: scales were measured for these."""
         self._sigmas = sigmas
 
-    def reset(self) -> None:
-        """Forgets the picture: the next step is the first of another one."""
+    def reset(self, guided: bool = False) -> None:
+        """Forgets the picture: the next step is the first of another one, with guidance or not."""
         for kept in self.arrays.values():
             kept[:] = nothing(), nothing()
-        self._picture, self._sigma = self._picture + 1, None
+        self._picture, self._sigma, self.guided = self._picture + 1, None, guided
 
     def recall(self, key: str, shape: tuple[int, ...]) -> list[mx.array]:
         """A layer's â and ô, empty at the first step; an input of another shape is an error."""
@@ -234,6 +235,13 @@ class Modulated(nn.Module):
         """x on its grid, and the product of just that."""
         if quantizer is None:
             return x, self._parts.product(x, None)
+        if not (self._memory.guided and in_pairs(quantizer)):
+            return self.on_grid(x, quantizer, first)
+        x, smaller = as_differences(x)
+        return tuple(from_differences(y, smaller) for y in self.on_grid(x, quantizer, first))
+
+    def on_grid(self, x: mx.array, quantizer: Quantizer, first: bool) -> tuple[mx.array, mx.array]:
+        """The same of an input whose rows have nothing to do with each other."""
         told = quantizer(x, first)
         about_middle = told.middle is not None
         if quantizer.largest is None or (about_middle and self._sums is None):
@@ -274,7 +282,7 @@ def codes_dtype(largest: int) -> mx.Dtype:
 
 
 def needs_sums(quantizer: Quantizer | None) -> bool:
-    return isinstance(quantizer, Dynamic) and quantizer.per == RANGE
+    return isinstance(quantizer, Dynamic) and quantizer.about_middle
 
 
 def frame_of(layer: nn.Module) -> QuantizedLinear | None:

@@ -21,7 +21,8 @@ from .schedule import Step, spread_table
 
 STATIC = "static"
 RANGE = "range"
-DYNAMIC = ("tensor", "token", RANGE, "channel")
+GUIDANCE = "guidance"
+DYNAMIC = ("tensor", "token", RANGE, GUIDANCE, "channel")
 KINDS = (STATIC, *DYNAMIC)
 ANCHOR_BITS = 8  # of a picture's first step, which all later ones build on
 # Of the largest value. Heavy tails at few bits are clipped far down.
@@ -67,7 +68,10 @@ def codes_of(x: mx.array, scale: mx.array, limit: mx.array | int) -> mx.array:
 @dataclass(frozen=True)
 class Dynamic:
     """Scales from the values' own largest ones: of each picture, of each token, or of each channel
-    of each picture; or from each token's range, smallest to largest. Nothing is clipped."""
+    of each picture; or from each token's range, smallest to largest. Nothing is clipped.
+
+    With guidance the last may be that of a difference between tokens: `in_pairs`.
+    """
 
     bits: int
     per: str
@@ -85,9 +89,13 @@ class Dynamic:
             return None
         return activation_limit(max(self.bits, self.first_bits))
 
+    @property
+    def about_middle(self) -> bool:
+        return self.per in (RANGE, GUIDANCE)
+
     def __call__(self, x: mx.array, first: bool) -> Told:
         limit, middle = activation_limit(self.first_bits if first else self.bits), None
-        if self.per == RANGE:
+        if self.about_middle:
             highest, lowest = x.max(axis=-1, keepdims=True), x.min(axis=-1, keepdims=True)
             largest, middle = (highest - lowest) / 2, (highest + lowest) / 2
             x = x - middle
@@ -105,6 +113,35 @@ class Dynamic:
         if ndim < 3:
             raise UserError("scales per channel need tokens: an input (pictures, tokens, channels)")
         return tuple(range(1, ndim - 1))
+
+
+def in_pairs(quantizer: Quantizer) -> bool:
+    """Whether it is for the rows of prompts and, behind them, differences of the negative prompts'
+    rows from these, where there is guidance.
+
+    Guidance takes w times the prompt's velocity less w − 1 times the negative's: an error that both
+    have counts once, one that only one of them has w or w − 1 times.
+    """
+    return isinstance(quantizer, Dynamic) and quantizer.per == GUIDANCE
+
+
+def as_differences(x: mx.array) -> tuple[mx.array, mx.array]:
+    """x with those tokens of the negative prompts, its second half, less the prompts' own whose
+    range is smaller so; and which these are, (negatives, …, 1)."""
+    prompts, negatives = mx.split(x, 2)
+    change = negatives - prompts
+    smaller = width(change) < width(negatives)
+    return mx.concatenate([prompts, mx.where(smaller, change, negatives)]), smaller
+
+
+def from_differences(y: mx.array, smaller: mx.array) -> mx.array:
+    """What `as_differences` was given: of x itself, or of what is linear in it."""
+    prompts, negatives = mx.split(y, 2)
+    return mx.concatenate([prompts, negatives + mx.where(smaller, prompts, 0)])
+
+
+def width(x: mx.array) -> mx.array:
+    return x.max(axis=-1, keepdims=True) - x.min(axis=-1, keepdims=True)
 
 
 class Static:
