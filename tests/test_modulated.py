@@ -418,13 +418,13 @@ def test_only_guidance_makes_pairs():
     """Without it a batch's second half is other pictures, which the first must not depend on."""
     pipeline = modulated_pipeline(Options(None, 8, "guidance"))
     memory = pipeline.transformer.memory
-    for weight, guided in ((4.0, True), (1.0, False), (0.0, False), (2.0, True)):
+    for weight, doubled in ((4.0, True), (1.0, False), (0.0, False), (2.0, True)):
         pipeline.velocity(pipeline.condition([PROMPT], weight), weight)
-        assert memory.guided == guided
+        assert memory.guided == doubled
     wrapper = ModulatedLinear(linear(), None, values=Dynamic(4, "guidance", 4), memory=memory)
     (x,), pairs = walk(0, 1, (4, 5, 32)), mx.array([0, 2])
-    for guided in (False, True):
-        memory.reset(guided)
+    for doubled in (False, True):
+        memory.reset(doubled)
         together = wrapper(x)
         assert relative_error(wrapper(x[pairs]), together[pairs]) < 1e-5
     memory.reset()
