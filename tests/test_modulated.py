@@ -484,6 +484,14 @@ def test_what_auto_leaves_is_told_by_its_tokens_ranges_and_in_pairs():
             unwrap(pipeline.transformer, layers, level)
 
 
+def test_a_run_that_goes_on_is_told_what_auto_left():
+    """By name, so that pictures of another default are not mixed with it."""
+    auto = Options("auto", modulate_memory=1.0)
+    assert auto.settings() == replace(auto, rest_scale="guidance").settings()
+    assert auto.settings() != replace(auto, rest_scale="range").settings()
+    assert Options("all").settings()["rest_scale"] is None
+
+
 def test_steps_that_do_not_hang_together_are_refused():
     pipeline = modulated_pipeline(Options("all", 8, scale_pictures=1))
     conditioning = pipeline.condition([PROMPT], 4.0)

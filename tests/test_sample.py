@@ -189,7 +189,10 @@ def test_features_alone_tell_what_the_pictures_would(tmp_path):
         (["--modulate", "auto"], ["needs --modulate-memory"]),
         (["--modulate", "nothing"], ["'nothing' matches none of 21 layers"]),
         (["--modulate", "--modulate-memory", "1e-6"], ["draw fewer pictures at once"]),
-        (["--modulate", "--residual-scale", "row"], ["static, tensor, token, range, channel"]),
+        (
+            ["--modulate", "--residual-scale", "row"],
+            ["static, tensor, token, range, guidance, channel"],
+        ),
         (["--modulate", "--rest-bit", "8"], ["for the layers that --modulate auto leaves"]),
         (["--rest-scale", "token"], ["for the layers that --modulate auto leaves"]),
         (["--weight-bit", "8"], ["weights of 4 bits, not 8", "--bits-w 8"]),

@@ -13,8 +13,13 @@ import numpy as np
 
 EXACT, OTHER = "full precision", "full precision, other noise"
 PICTURE_SEED, OTHER_SEED = 100_000, 900_000
-SIXTEEN, STATIC, DYNAMIC, RANGE = 16, "static", "tensor", "range"
-SCALES = {STATIC: "static", DYNAMIC: "dynamic", RANGE: "each token's range"}
+SIXTEEN, STATIC, DYNAMIC, RANGE, GUIDANCE = 16, "static", "tensor", "range", "guidance"
+SCALES = {
+    STATIC: "static",
+    DYNAMIC: "dynamic",
+    RANGE: "each token's range",
+    GUIDANCE: "each token's range in pairs",
+}
 
 
 @dataclass(frozen=True)
@@ -61,7 +66,7 @@ def all_rows() -> list[Row]:
             for scale in scales
             for how in (None, "all")
         ]
-    rows += [Row(8, bits, None, RANGE) for bits in (8, 6, 4)]
+    rows += [Row(8, bits, None, scale) for scale in (RANGE, GUIDANCE) for bits in (8, 6, 4)]
     rows += [Row(8, 8, "auto", scale) for scale in (STATIC, DYNAMIC)]
     rows += [Row(8, bits, "auto", DYNAMIC, rest_bit=rest) for bits in (6, 4) for rest in (None, 8)]
     return rows
