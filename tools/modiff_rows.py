@@ -67,6 +67,8 @@ def all_rows() -> list[Row]:
             for how in (None, "all")
         ]
     rows += [Row(8, bits, None, scale) for scale in (RANGE, GUIDANCE) for bits in (8, 6, 4)]
+    rows += [Row(8, bits, "all", GUIDANCE) for bits in (8, 6, 4, 3)]
+    rows += [Row(4, bits, "all", GUIDANCE) for bits in (8, 4)]
     rows += [Row(8, 8, "auto", scale) for scale in (STATIC, DYNAMIC)]
     rows += [Row(8, bits, "auto", DYNAMIC, rest_bit=rest) for bits in (6, 4) for rest in (None, 8)]
     return rows
