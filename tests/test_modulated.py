@@ -540,8 +540,9 @@ def test_two_traces_serve_fifty_steps(kind):
 
 
 @pytest.mark.slow
-def test_a_compiled_picture_is_the_eager_one():
-    pipeline = modulated_pipeline(Options("all", 8, "token"))
+@pytest.mark.parametrize("kind", ["token", "guidance"])
+def test_a_compiled_picture_is_the_eager_one(kind):
+    pipeline = modulated_pipeline(Options("all", 8, kind))
     conditioning, sigmas = pipeline.condition([PROMPT], 4.0), pipeline.sigmas(4)
     drawn = [
         denoise(
