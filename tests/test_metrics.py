@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from src.errors import UserError
 from src.metrics.fidelity import bootstrap_interval, reference_trajectories, teacher_forced_sqnr
@@ -10,6 +11,7 @@ from src.metrics.psnr import psnr
 from src.metrics.signal import sqnr_db
 from src.metrics.ssim import ssim
 from src.models.load import load_pipeline
+from src.quant.modulated import Memory
 
 import mlx.core as mx
 import numpy as np
@@ -98,6 +100,16 @@ def test_the_same_model_has_no_error_and_a_disturbed_one_has_it_at_every_step():
     assert same.shape == (3, 2) and np.all(same > 100)
     halved = teacher_forced_sqnr(lambda *inputs: 0.9 * pipeline.transformer(*inputs), reference)
     assert np.allclose(halved, 20, atol=0.01)
+
+
+@pytest.mark.parametrize("cfg_weight", [4.0, 0.0])
+def test_layers_know_whether_prompts_stand_beside_negative_ones(cfg_weight):
+    pipeline = load_pipeline("tiny")
+    pipeline.defaults = replace(pipeline.defaults, cfg_weight=cfg_weight)
+    reference = reference_trajectories(pipeline, CAPTIONS, num_steps=2, stride=2)
+    memory = pipeline.transformer.memory = Memory()
+    teacher_forced_sqnr(pipeline.transformer, reference)
+    assert memory.guided == (cfg_weight > 0)
 
 
 def test_interval_holds_the_mean_and_narrows_with_more_captions():

@@ -281,19 +281,36 @@ def test_a_tokens_range_is_told_by_integers_and_its_middle(seed, bits, offset):
 @given(seed=st.integers(0, 2**16), bits=st.integers(2, 8), apart=st.floats(0, 30))
 def test_a_negative_prompts_difference_is_told_by_integers(seed, bits, apart):
     """Of those tokens that it makes smaller; the product is that of the values."""
-    step, (prompts,), (change,) = Step(Schedule(SIGMAS)), *(walk(seed + i, 1) for i in range(2))
-    change = change * mx.array([[[0.0], [0.01], [0.1], [1.0], [apart]]])
-    x, quantizer = mx.concatenate([prompts, prompts + change]), Dynamic(bits, "guidance", bits)
-    memory = Memory()
+    step, (prompts,), (other,) = Step(Schedule(SIGMAS)), *(walk(seed + i, 1) for i in range(2))
+    like, apart = (mx.array(v)[:, None] for v in ([1.0, 1, 1, 0, 1], [0.0, 0.01, 0.1, 0.01, apart]))
+    negatives, quantizer = like * prompts + apart * other, Dynamic(bits, "guidance", bits)
+    x, memory = mx.concatenate([prompts, negatives]), Memory()
     memory.reset(guided=True)
     layer = QuantizedLinear.from_linear(linear(), bits=8, runtime=Runtime(step, weights_only=True))
     wrapper = ModulatedLinear(layer, None, values=quantizer, memory=memory)
     told, _ = wrapper.moved(x, quantizer, False)
     assert relative_error(wrapper(x), ModulatedLinear(layer, None, values=Exactly())(told)) < 1e-4
-    # Half a step of its own grid, and at most as much of the prompt's.
-    steps = width(x) / (2**bits - 2)
-    steps = steps + mx.concatenate([mx.zeros_like(steps[:2]), steps[:2]])
-    assert bool((mx.abs(told - x) <= 0.51 * steps).all())
+    alone, own, change = (width(v) for v in (prompts, negatives, negatives - prompts))
+    ranges = mx.concatenate([alone, mx.where(change < own, change + alone, own)])
+    assert bool((mx.abs(told - x) <= 0.51 * ranges / (2**bits - 2)).all())  # half a step of each
+
+
+def test_pairs_are_tokens_of_prompts_and_as_many_negative_ones():
+    """A convolution mixes tokens of both kinds, so it takes each by itself."""
+    (pixels,), told = walk(0, 1, (2, 6, 6, 8)), []
+    for kind in ("guidance", "range"):
+        convolution = nn.Conv2d(8, 6, 3, padding=1)
+        convolution.weight = mx.ones_like(convolution.weight)
+        convolution.bias = mx.zeros((6,))
+        wrapper = modulated(convolution, None, values=Dynamic(8, kind, 8))
+        wrapper.reset_cache(guided=True)
+        told.append(np.array(wrapper(pixels)))
+    np.testing.assert_array_equal(*told)
+    wrapper = modulated(linear(), None, values=Dynamic(8, "guidance", 8))
+    wrapper.reset_cache(guided=True)
+    for shape in ((1, 5, 32), (3, 5, 32), (32,)):
+        with pytest.raises(UserError, match="not that of prompts and as many negative ones"):
+            wrapper(mx.zeros(shape))
 
 
 def test_guidance_does_not_amplify_what_prompt_and_negative_err_alike():
@@ -541,8 +558,13 @@ def test_two_traces_serve_fifty_steps(kind):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["token", "guidance"])
-def test_a_compiled_picture_is_the_eager_one(kind):
-    pipeline = modulated_pipeline(Options("all", 8, kind))
+@pytest.mark.parametrize("quantized", [False, True])
+def test_a_compiled_picture_is_the_eager_one(kind, quantized):
+    pipeline, options = load_pipeline("tiny"), Options("all", 8, kind)
+    if quantized:
+        pipeline = modulated_pipeline(options)
+    else:
+        apply(pipeline, prepare(pipeline, options, Work.of(pipeline, 4, 4.0), None, print), None)
     conditioning, sigmas = pipeline.condition([PROMPT], 4.0), pipeline.sigmas(4)
     drawn = [
         denoise(

@@ -141,6 +141,8 @@ class Modulated(nn.Module):
     holds the bias.
     """
 
+    is_token_by_token = True  # whether an output's token is made of the input's same token alone
+
     def __init__(
         self,
         layer: nn.Module,
@@ -202,9 +204,10 @@ class Modulated(nn.Module):
         """Whether it quantizes changes, at present."""
         return self._modulates
 
-    def reset_cache(self) -> None:
-        """Begins another picture; layers that share the memory begin it too."""
-        self._memory.reset()
+    def reset_cache(self, guided: bool = False) -> None:
+        """Begins another picture; layers that share the memory begin it too. `guided`: its batch is
+        the prompts' rows and, behind them, the negative prompts'."""
+        self._memory.reset(guided)
 
     def __call__(self, x: mx.array) -> mx.array:
         """As the layer itself, in the dtype of x."""
@@ -235,7 +238,7 @@ class Modulated(nn.Module):
         """x on its grid, and the product of just that."""
         if quantizer is None:
             return x, self._parts.product(x, None)
-        if not (self._memory.guided and in_pairs(quantizer)):
+        if not (self.is_token_by_token and self._memory.guided and in_pairs(quantizer)):
             return self.on_grid(x, quantizer, first)
         x, smaller = as_differences(x)
         return tuple(from_differences(y, smaller) for y in self.on_grid(x, quantizer, first))
@@ -261,6 +264,8 @@ class ModulatedLinear(Modulated):
 
 class ModulatedConv2d(Modulated):
     """Around a convolution: input (pictures, height, width, channels); a token is a pixel."""
+
+    is_token_by_token = False
 
 
 def modulated(layer: nn.Module, residuals: Quantizer | None, **settings: object) -> Modulated:

@@ -70,7 +70,7 @@ class Dynamic:
     """Scales from the values' own largest ones: of each picture, of each token, or of each channel
     of each picture; or from each token's range, smallest to largest. Nothing is clipped.
 
-    With guidance the last may be that of a difference between tokens: `in_pairs`.
+    `guidance` is each token's range, of differences between tokens where `in_pairs` holds.
     """
 
     bits: int
@@ -116,8 +116,7 @@ class Dynamic:
 
 
 def in_pairs(quantizer: Quantizer) -> bool:
-    """Whether it is for the rows of prompts and, behind them, differences of the negative prompts'
-    rows from these, where there is guidance.
+    """Whether, with guidance, it is to be given differences of the negative prompts' rows.
 
     Guidance takes w times the prompt's velocity less w − 1 times the negative's: an error that both
     have counts once, one that only one of them has w or w − 1 times.
@@ -128,6 +127,11 @@ def in_pairs(quantizer: Quantizer) -> bool:
 def as_differences(x: mx.array) -> tuple[mx.array, mx.array]:
     """x with those tokens of the negative prompts, its second half, less the prompts' own whose
     range is smaller so; and which these are, (negatives, …, 1)."""
+    if x.ndim < 2 or len(x) % 2:
+        raise UserError(
+            f"an input of shape {x.shape} is not that of prompts and as many negative ones; give "
+            "both, or call reset_cache() without guided"
+        )
     prompts, negatives = halves(x)
     change = negatives - prompts
     smaller = width(change) < width(negatives)
@@ -141,8 +145,10 @@ def from_differences(y: mx.array, smaller: mx.array) -> mx.array:
 
 
 def halves(x: mx.array) -> tuple[mx.array, mx.array]:
-    """Of the batch. By slices: MLX does not compile a step that keeps what `split` gives."""
-    return x[: len(x) // 2], x[len(x) // 2 :]
+    """Of the batch. By indices: with slices or `split` MLX does not compile a step of three layers
+    that keep the same input."""
+    number = len(x) // 2
+    return tuple(mx.take(x, mx.arange(first, first + number), axis=0) for first in (0, number))
 
 
 def width(x: mx.array) -> mx.array:
