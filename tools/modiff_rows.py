@@ -18,7 +18,7 @@ SCALES = {
     STATIC: "static",
     DYNAMIC: "dynamic",
     RANGE: "each token's range",
-    GUIDANCE: "each token's range in pairs",
+    GUIDANCE: "guidance",
 }
 
 
